@@ -1,0 +1,1 @@
+"""Everything that more than one paper needs."""
