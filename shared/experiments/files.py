@@ -1,0 +1,88 @@
+"""Files that are either absent, old, or complete: never half-written."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import IO, Any
+
+from shared.experiments.errors import UserError
+
+
+def write_atomic(path: Path, write: Callable[[IO], object], binary: bool = False) -> None:
+    """Calls `write(file)` on a temporary neighbour of `path`, syncs it, and renames it over `path`.
+
+    Raises:
+        UserError: the disk is full; `path` is as it was.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fd, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(fd, "wb" if binary else "w", encoding=None if binary else "utf-8") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+        _sync_directory(path.parent)
+    except BaseException as error:
+        if os.path.exists(name):
+            os.unlink(name)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(
+                f"disk full while writing {path}: free some space and run the same command again"
+            ) from error
+        raise
+
+
+def _sync_directory(path: Path) -> None:
+    # Without this a power cut can forget the rename although the data is on the disk.
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_text(path: Path, text: str) -> None:
+    write_atomic(path, lambda file: file.write(text))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Refuses NaN and infinity: they are not JSON, and a result that holds one is a defect to look at."""
+    text = json.dumps(value, indent=1, sort_keys=True, allow_nan=False)
+    write_text(path, text + "\n")
+
+
+def write_jsonl(path: Path, rows: Iterable[dict]) -> None:
+    def write(file: IO) -> None:
+        for row in rows:
+            file.write(json.dumps(row, allow_nan=False) + "\n")
+
+    write_atomic(path, write)
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: not valid JSON ({error}); delete it and run again") from error
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    """Rows of a file written by appending: a last line cut short by a crash is left out."""
+    rows = []
+    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number == len(lines):
+                break
+            raise UserError(f"{path}:{number}: not valid JSON ({error})") from error
+    return rows
