@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import typing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,6 +32,7 @@ def load_config(cls: type[C], *layers: tuple[str, dict], overrides: Sequence[str
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
 
     config = OmegaConf.structured(cls)
     for entry in overrides:
@@ -38,7 +40,11 @@ def load_config(cls: type[C], *layers: tuple[str, dict], overrides: Sequence[str
             raise UserError(f"override {entry!r} is not of the form key=value")
     named = [*layers]
     if overrides:
-        named.append(("command line", OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)))))
+        try:
+            values = OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)))
+        except (OmegaConfBaseException, YAMLError) as error:
+            raise UserError(f"overrides {' '.join(overrides)!r}: {str(error).splitlines()[0]}") from error
+        named.append(("command line", values))
     for source, values in named:
         _check_keys(cls, values, source)
         try:
@@ -57,18 +63,21 @@ def load_config(cls: type[C], *layers: tuple[str, dict], overrides: Sequence[str
 
 
 def read_yaml(path: Path) -> dict:
-    """The mapping in a YAML file; {} for an empty file."""
-    import yaml
+    """The mapping in a YAML file; {} for an empty file. A key that stands twice is an error."""
+    from omegaconf import DictConfig, OmegaConf
+    from yaml import YAMLError
 
     try:
-        value = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        value = OmegaConf.load(path)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file") from error
-    except yaml.YAMLError as error:
+    except (YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid YAML: {error}") from error
-    if not isinstance(value, dict | None):
-        raise UserError(f"{path}: expected a mapping at the top, found {type(value).__name__}")
-    return value or {}
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error}") from error
+    if not isinstance(value, DictConfig):
+        raise UserError(f"{path}: expected a mapping at the top, found a list")
+    return OmegaConf.to_container(value)
 
 
 def _check_keys(cls: type, values: dict, source: str, prefix: str = "") -> None:
@@ -81,8 +90,6 @@ def _check_keys(cls: type, values: dict, source: str, prefix: str = "") -> None:
 
 
 def _dataclass_type(cls: type, name: str) -> type | None:
-    import typing
-
     hint = typing.get_type_hints(cls)[name]
     return hint if dataclasses.is_dataclass(hint) else None
 

@@ -6,10 +6,11 @@ Unknown keys, wrong types and dangling references are errors that name the file,
 from __future__ import annotations
 
 import fnmatch
+import types
+import typing
 from collections.abc import Sequence
-from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -22,6 +23,8 @@ PAPERS = ROOT / "papers"
 Scale = Literal["smoke", "tiny", "gpu", "paper"]
 SCALES: tuple[str, ...] = ("smoke", "tiny", "gpu", "paper")
 PublishedScale = Literal["tiny", "gpu", "paper"]
+ArmName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$")]  # names a directory and stands on command lines
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
 class _Strict(BaseModel):
@@ -109,8 +112,8 @@ class Paper(_Strict):
     arxiv: str
     summary: str
     links: dict[str, str] = {}
-    seeds: dict[PublishedScale, list[int]]
-    arms: dict[str, Arm]
+    seeds: dict[PublishedScale, list[Seed]]
+    arms: dict[ArmName, Arm] = Field(min_length=1)
     figures: list[Figure] = []
     claims: list[Claim]
     path: Path  # of paper.yaml; filled in by load_paper
@@ -127,21 +130,38 @@ class Paper(_Strict):
         ids = [claim.id for claim in self.claims]
         if len(set(ids)) != len(ids):
             raise ValueError(f"claims: ids must differ, found {ids}")
-        if not all(self.seeds.get(scale) for scale in ("tiny", "gpu", "paper")):
-            raise ValueError("seeds: give a list of seeds for each of tiny, gpu, paper")
+        for scale in ("tiny", "gpu", "paper"):
+            seeds = self.seeds.get(scale, [])
+            if not seeds or len(set(seeds)) != len(seeds):
+                raise ValueError(
+                    f"seeds: give a list of different seeds for each of tiny, gpu, paper; {scale}: {seeds}"
+                )
         return self
 
     @property
     def directory(self) -> Path:
         return self.path.parent
 
+    @property
+    def root(self) -> Path:
+        """The repository's root: papers/NAME/paper.yaml stands three levels below it."""
+        return self.path.parents[2]
+
+    @property
+    def package(self) -> str:
+        return f"papers.{self.name}"
+
+    def runs(self, scale: str) -> Path:
+        """Where the runs of `scale` go: runs/NAME/SCALE, one directory ARM/SEED each."""
+        return self.root / "runs" / self.name / scale
+
+    def scales(self) -> list[str]:
+        """The scales that have a config file."""
+        return [scale for scale in SCALES if self.config_path(scale).is_file()]
+
     def config_path(self, scale: str) -> Path:
         """configs/SCALE.yaml; `smoke` is `tiny` with every size clipped."""
         return self.directory / "configs" / f"{'tiny' if scale == 'smoke' else scale}.yaml"
-
-    @cached_property
-    def package(self) -> str:
-        return f"papers.{self.name}"
 
     def select_arms(self, scale: str, patterns: Sequence[str] = ()) -> list[str]:
         """The arms that run at `scale`, in the paper's order; `patterns` are names or shell patterns."""
@@ -156,19 +176,25 @@ class Paper(_Strict):
     def layers(self, scale: str, arm: str) -> tuple[dict, list[tuple[str, dict]]]:
         """The scale's `run:` section (resources, for the runner), and the config layers of one arm, weakest first."""
         path = self.config_path(scale)
+        shown = str(path.relative_to(self.root))
         values = read_yaml(path)
-        run = values.pop("run", {})
-        arms = values.pop("arms", {})
+        run, arms = (self._section(values, name, shown) for name in ("run", "arms"))
         for name in arms:
             if name not in self.arms:
-                raise UserError(f"{path}: arms: {unknown('arm', name, self.arms)}")
-        shown = str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
+                raise UserError(f"{shown}: arms: {unknown('arm', name, self.arms)}")
         layers = [
             (shown, values),
             (f"{self.path.name}, arm {arm}", self.arms[arm].config),
-            (f"{shown}, arm {arm}", arms.get(arm) or {}),
+            (f"{shown}, arm {arm}", self._section(arms, arm, f"{shown}: arms")),
         ]
         return run, layers
+
+    @staticmethod
+    def _section(values: dict, name: str, where: str) -> dict:
+        section = values.pop(name, None) or {}
+        if not isinstance(section, dict):
+            raise UserError(f"{where}: {name}: expected a mapping, found {section!r}")
+        return section
 
 
 def load_paper(name: str, papers: Path = PAPERS) -> Paper:
@@ -177,7 +203,7 @@ def load_paper(name: str, papers: Path = PAPERS) -> Paper:
     Raises:
         UserError: no such paper, or a schema violation naming file, key and the allowed values.
     """
-    path = papers / name / "paper.yaml"
+    path = Path(papers).resolve() / name / "paper.yaml"
     if not path.is_file():
         raise unknown("paper", name, paper_names(papers))
     return validate(read_yaml(path), path)
@@ -206,6 +232,12 @@ def _explain(path: Path, error: dict) -> str:
 
 def _allowed(location: tuple) -> list[str]:
     """Field names of the model that `location` leads to."""
-    models = {"arms": Arm, "figures": Figure, "claims": Claim, "tests": Comparison, "a": Operand, "b": Operand}
-    model = next((models[part] for part in reversed(location) if part in models), Paper)
-    return [name for name in model.model_fields if name != "path"]
+    kind: Any = Paper
+    for part in location:
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            kind = kind.model_fields[part].annotation
+            if isinstance(kind, types.UnionType):  # `Operand | None`
+                kind = typing.get_args(kind)[0]
+        else:  # a key of a dict or an index of a list
+            kind = typing.get_args(kind)[-1]
+    return [name for name in kind.model_fields if name != "path"]
