@@ -201,9 +201,9 @@ class CoconutForCausalLM(PreTrainedModel, GenerationMixin):
                 (checkpointing would silently drop the cache and with it all that the thoughts attend to).
         """
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        _check_shapes(input_ids, attention_mask, position_ids, labels, past)
         if attention_mask is None:
             attention_mask = input_ids.new_ones(input_ids.shape[0], past + input_ids.shape[1])
-        _check_shapes(input_ids, attention_mask, position_ids, labels, past)
         if position_ids is None:
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, past:]
         latent_BT = (input_ids == self.config.latent_token_id) & attention_mask[:, past:].bool()
@@ -320,12 +320,14 @@ def _probe_base(base: PreTrainedModel, what: str) -> None:
     if not torch.allclose(hidden_BTD[0, 0], hidden_BTD[1, 0], **tolerance):
         raise ValueError(f"{what}, whose hidden states depend on later tokens (for a BERT-like model set is_decoder)")
     if not torch.allclose(logits_BTV, head_logits_BTV.to(logits_BTV.dtype), **tolerance):
-        raise ValueError(f"{what}, which changes the logits after its output layer (scaling, soft-capping): unsupported")
+        raise ValueError(
+            f"{what}, which changes the logits after its output layer (scaling, soft-capping): unsupported"
+        )
 
 
 def _check_shapes(
     input_ids: torch.Tensor,
-    attention_mask: torch.Tensor,
+    attention_mask: torch.Tensor | None,
     position_ids: torch.Tensor | None,
     labels: torch.Tensor | None,
     past: int,
@@ -333,7 +335,7 @@ def _check_shapes(
     if input_ids.ndim != 2 or input_ids.shape[1] == 0:
         raise ValueError(f"input_ids must be [batch, length] with length >= 1, got shape {list(input_ids.shape)}")
     batch, seq_len = input_ids.shape
-    if attention_mask.shape != (batch, past + seq_len):
+    if attention_mask is not None and attention_mask.shape != (batch, past + seq_len):
         raise ValueError(
             f"attention_mask must be [batch, cached + new positions] = {[batch, past + seq_len]}, "
             f"got {list(attention_mask.shape)}"
@@ -361,7 +363,9 @@ def _supervised_loss(hidden_BTD: torch.Tensor, labels_BT: torch.Tensor, head: nn
     targets = F.pad(labels_BT[:, 1:], (0, 1), value=IGNORE_INDEX).flatten()
     index_N = (targets != IGNORE_INDEX).nonzero().flatten()
     if not len(index_N):
-        raise ValueError("labels hold no supervised token after the first position: all are -100, the loss is undefined")
+        raise ValueError(
+            "labels hold no supervised token after the first position: all are -100, the loss is undefined"
+        )
     logits_NV = head(hidden_BTD.flatten(0, 1).index_select(0, index_N))
     # float32 for half precision, but not for float64
     return F.cross_entropy(logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32)), targets[index_N])
