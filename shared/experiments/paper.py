@@ -166,6 +166,8 @@ class Paper(_Strict):
     def select_arms(self, scale: str, patterns: Sequence[str] = ()) -> list[str]:
         """The arms that run at `scale`, in the paper's order; `patterns` are names or shell patterns."""
         here = [name for name, arm in self.arms.items() if ("tiny" if scale == "smoke" else scale) in arm.scales]
+        if not here:
+            raise UserError(f"{self.path}: no arm runs at scale {scale}")
         if not patterns:
             return here
         for pattern in patterns:

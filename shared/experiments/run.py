@@ -226,6 +226,31 @@ def _stage_main(stage: str, config_class: type, work: Callable[[Any, Run], dict]
             run.finish(work(config, run), config)
 
 
+def plot_main(draw: Callable[[Path, Path], None], argv: list[str] | None = None) -> None:
+    """The `main` of every plot.py: calls `draw(runs, out)` with runs/PAPER/SCALE and the figures' directory."""
+    parser = argparse.ArgumentParser(description="draw the figures from finished runs")
+    parser.add_argument("--runs", type=Path, required=True, help="runs/PAPER/SCALE")
+    parser.add_argument("--out", type=Path, required=True, help="where the figures go")
+    args = parser.parse_args(argv)
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+        draw(args.runs, args.out)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(EXIT_USER_ERROR) from error
+
+
+def finished_runs(runs: Path) -> dict[str, dict[int, Path]]:
+    """arm -> seed -> directory of the finished runs that the last `make reproduce` asked for, in its order.
+
+    Runs that are left in runs/PAPER/SCALE from other commands, maybe with other code or config, are not among them.
+    """
+    found: dict[str, dict[int, Path]] = {}
+    for arm, seed in files.read_json(runs / "runs.json"):
+        found.setdefault(arm, {})[seed] = runs / arm / str(seed)
+    return found
+
+
 def _parse(stage: str, paper: Paper, argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=f"{stage} one arm of {paper.title!r} with one seed")
     parser.add_argument("--scale", default="tiny", choices=SCALES)
