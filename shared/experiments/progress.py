@@ -80,8 +80,7 @@ class Display:
 
     def stage_started(self, job: Job) -> None:
         self.stage_started_at[id(job)] = time.monotonic()
-        if job.log:
-            self.tails[id(job)] = LogTail(job.log)
+        self.tails[id(job)] = LogTail(job.directory / "log.jsonl")
         if not self.live:
             self._line(f"{job.label}: {job.stage.name} started")
 

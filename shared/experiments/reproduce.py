@@ -24,7 +24,7 @@ from shared.experiments.resources import Resources, load_resources, slots, stage
 from shared.experiments.run import EXIT_USER_ERROR, resolve_config, run_key
 from shared.experiments.scheduler import DONE, Interrupted, Job, Stage, run_jobs
 
-LAUNCHERS = ("local",)
+LAUNCHERS = ("local", "slurm")
 VARIABLES = ("PAPER", "SCALE", "ARMS", "SEEDS", "JOBS", "FORCE", "LAUNCH", "SET")
 
 
@@ -72,6 +72,7 @@ def reproduce(request: Request, console: Console) -> int:
     begun = time.monotonic()
     paper, runs = request.paper, request.paper.runs(request.scale)
     jobs = plan(request)
+    check_free(request, jobs)
     if request.force:
         forget(jobs)
     found_done = sum(stage.done() for job in jobs for stage in job.stages)
@@ -219,7 +220,7 @@ def _run_job(request: Request, arm: str, seed: int, config: object) -> Job:
         key = trained = run_key(paper, name, config, arm, seed, trained)
         command = stage_command(paper, name, request.resources, [*where, *request.overrides])
         stages.append(Stage(name, tuple(command), key, directory / f"{name}.json", directory / f"{name}.out"))
-    return Job(arm, seed, stages, directory / "log.jsonl")
+    return Job(arm, seed, directory, stages)
 
 
 def plot_job(paper: Paper, runs: Path, done: Sequence[Job]) -> Job:
@@ -229,24 +230,40 @@ def plot_job(paper: Paper, runs: Path, done: Sequence[Job]) -> Job:
     key = stage_key(paper.directory / "plot.py", {}, inputs, paper.root)
     command = [sys.executable, "-m", f"{paper.package}.plot", "--runs", str(runs), "--out", str(figures)]
     record, out = figures / "plot.json", figures / "plot.out"
-    return Job("figures", None, [Stage("plot", tuple(command), key, record, out, writes_record=False)])
+    return Job("figures", None, figures, [Stage("plot", tuple(command), key, record, out, writes_record=False)])
+
+
+def check_free(request: Request, jobs: Sequence[Job]) -> None:
+    """Says at once, not when a run's turn comes, that somebody else works on it."""
+    if request.launch == "slurm":
+        from shared.experiments.slurm import active_jobs
+
+        active = active_jobs(jobs) if request.force else []  # without FORCE we go on watching them
+        if active:
+            ids = " ".join(active)
+            raise UserError(f"FORCE=1: SLURM jobs from before are still working on these runs: `scancel {ids}` first")
+        return
+    for job in jobs:
+        with files.lock(job.directory):
+            pass
 
 
 def forget(jobs: Sequence[Job]) -> None:
     """FORCE=1: nothing of these runs counts as done or begun."""
     for job in jobs:
-        directory = job.stages[0].record.parent
         for name in ("train.json", "eval.json", "state.pt"):
-            (directory / name).unlink(missing_ok=True)
+            (job.directory / name).unlink(missing_ok=True)
 
 
 def launch(request: Request, jobs: Sequence[Job], console: Console) -> None:
-    title = f"{request.paper.name}, {request.scale}"
-    for job in jobs:  # fail at once, not when a job's turn comes
-        with files.lock(job.stages[0].record.parent):
-            pass
-    with Display(title, jobs, console) as display:
-        run_jobs(jobs, slots(request.resources, request.jobs, len(jobs)), display, request.paper.root)
+    paper, resources = request.paper, request.resources
+    with Display(f"{paper.name}, {request.scale}", jobs, console) as display:
+        if request.launch == "slurm":
+            from shared.experiments.slurm import run_on_slurm
+
+            run_on_slurm(jobs, f"{paper.name} {request.scale}", resources, display, paper.root)
+        else:
+            run_jobs(jobs, slots(resources, request.jobs, len(jobs)), display, paper.root)
 
 
 def _totals(done: Sequence[Job]) -> dict[str, float]:

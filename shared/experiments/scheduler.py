@@ -24,10 +24,10 @@ WAITING, QUEUED, RUNNING, DONE, FAILED = "waiting", "queued", "running", "done",
 
 
 class Interrupted(Exception):
-    """The person or the system asked us to stop, and everything has stopped."""
+    """The person or the system asked us to stop, and what runs here has stopped."""
 
-    def __init__(self, signum: int):
-        super().__init__(signal.Signals(signum).name)
+    def __init__(self, signum: int, note: str = ""):
+        super().__init__(": ".join(part for part in (signal.Signals(signum).name, note) if part))
         self.signum = signum
 
 
@@ -52,8 +52,8 @@ class Job:
 
     arm: str
     seed: int | None
+    directory: Path
     stages: Sequence[Stage]
-    log: Path | None = None  # log.jsonl, for the display
     state: str = WAITING
     stage: Stage | None = None  # the one running, or the one that failed
     error: str = ""
@@ -79,7 +79,7 @@ def run_jobs(jobs: Sequence[Job], slots: Sequence[Mapping[str, str]], display: D
     waiting = collections.deque(jobs)
     free = collections.deque(slots)
     running: dict[subprocess.Popen, tuple[Job, Mapping[str, str]]] = {}
-    with _signals_recorded() as received:
+    with signals_recorded() as received:
         try:
             while (waiting or running) and not received:
                 while waiting and free:
@@ -197,7 +197,7 @@ def _signal_group(group: int, signum: int) -> None:
 
 
 @contextlib.contextmanager
-def _signals_recorded() -> Iterator[list[int]]:
+def signals_recorded() -> Iterator[list[int]]:
     """Collects the signals that ask us to stop, so that none arrives between starting a child and knowing of it."""
     received: list[int] = []
     previous = {}
