@@ -226,10 +226,11 @@ def paper_names(papers: Path = PAPERS) -> list[str]:
 
 
 def _explain(path: Path, error: dict) -> str:
-    key = ".".join(str(part) for part in error["loc"]) or "(top level)"
+    key = ".".join(str(part) for part in error["loc"])
+    where = f"{path}: {key}" if key else str(path)
     if error["type"] == "extra_forbidden":
-        return f"{path}: {key}: unknown key; allowed here: {', '.join(_allowed(error['loc'][:-1]))}"
-    return f"{path}: {key}: {error['msg'].removeprefix('Value error, ')}"
+        return f"{where}: unknown key; allowed here: {', '.join(_allowed(error['loc'][:-1]))}"
+    return f"{where}: {error['msg'].removeprefix('Value error, ')}"
 
 
 def _allowed(location: tuple) -> list[str]:
