@@ -139,7 +139,7 @@ def icot_removed_tokens(
 ) -> np.ndarray:
     """`[size]` numbers of tokens that `icot` removes at an optimizer step: linear in the steps, plus a random few.
 
-    The schedule of Deng et al. 2024 ("From Explicit CoT to Implicit CoT"; inferred, the Coconut paper does not give it):
+    The schedule of Deng et al. 2024 ("From Explicit CoT to Implicit CoT"; inferred, this paper does not give it):
     at step t, floor(tokens_per_step · t) + o tokens with P(o) ∝ exp(-smoothing · o), o = 0, 1, ... They reset the
     optimizer when the first term changes.
     """
