@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ SCHEMA_VERSION = 1
 SMOKE_NOTE = "smoke proves that the pipeline runs; it claims nothing"
 
 # What a report tells of each stage of each run; the key says from which config, code and libraries it came.
-FACTS = ("key", "seconds", "cpu_seconds", "peak_memory_mb", "peak_gpu_memory_mb", "device")
+FACTS = ("key", "seconds", "cpu_seconds", "peak_memory_mb", "peak_gpu_memory_mb", "device", "finished")
 
 # Means are quoted to a few digits: fewer resamples do than for a verdict that may hang on the third.
 MEAN_RESAMPLES = 2_000
@@ -31,13 +32,13 @@ def write_results(
     Args:
         runs_dir: runs/PAPER/SCALE, with ARM/SEED/ for each run.
         seeds, arms: what was asked for; a run among them without results is listed as missing.
-        info: how the runs were made, copied as it is: command, commit, dirty, versions, hardware, wall_seconds, ...
+        info: how the runs were made, copied as it is: command, commit, dirty, versions, hardware, wall_seconds.
             `failed`, if there, maps "ARM/SEED" to what went wrong; such a run counts as missing even if an older
             result of it is still on disk.
 
     Returns:
-        What is in the file: schema_version, paper, title, scale, seeds, info, arms, claims, claims_note, figures,
-        missing.
+        What is in the file: schema_version, paper, title, scale, seeds, finished (when the last run
+        was), info, arms, claims, claims_note, figures, missing.
 
     Raises:
         UserError: a broken file, a number that is not finite, an item scored twice, or a mean that contradicts the
@@ -66,6 +67,9 @@ def write_results(
         "title": paper.title,
         "scale": scale,
         "seeds": list(seeds),
+        "finished": max(
+            (run["eval"]["finished"] or "" for by_seed in runs.values() for run in by_seed.values()), default=""
+        ),
         "info": info,
         "arms": summary,
         "claims": claims,
@@ -73,7 +77,8 @@ def write_results(
         "figures": _figures(paper, scale, Path(runs_dir)),
         "missing": [{"arm": arm, "seed": seed, "reason": reason} for (arm, seed), reason in missing.items()],
     }
-    files.write_json(Path(runs_dir) / "results.json", results)
+    # Not files.write_json: arms and metrics keep the paper's order.
+    files.write_text(Path(runs_dir) / "results.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
     return results
 
 

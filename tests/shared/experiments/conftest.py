@@ -73,9 +73,11 @@ def write_run(directory: Path, arm: str, seed: int, right: int) -> None:
             "metrics": metrics[stage],
             "config": {"lr": 0.1},
             "seconds": 12.5,
+            "cpu_seconds": 12.0,
             "peak_memory_mb": 300.0,
             "peak_gpu_memory_mb": None,
             "device": "CPU (x86_64)",
+            "finished": f"2026-01-02T03:04:0{seed}Z",
         }
         (directory / f"{stage}.json").write_text(json.dumps(record))
     rows = [{"item": i, "scores": {"accuracy": int(i < right)}, "output": "..."} for i in range(10)]
@@ -91,9 +93,9 @@ def run_info():
         "commit": "0123456789abcdef0123456789abcdef01234567",
         "dirty": False,
         "versions": {"python": "3.12.1", "torch": "2.13.0"},
-        "hardware": "2 CPU cores",
+        "hardware": {"cpu": "Some CPU", "cores": 2, "memory_gb": 7.6, "gpus": []},
         "wall_seconds": 192.4,
-        "finished": "2026-01-02T03:04:05Z",
+        "failed": {},
     }
 
 
