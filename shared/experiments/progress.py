@@ -13,6 +13,7 @@ from rich.live import Live
 from rich.markup import escape
 from rich.progress_bar import ProgressBar
 from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     from shared.experiments.scheduler import Job
@@ -108,7 +109,7 @@ class Display:
             if id(job) in self.tails and job.stage:
                 self.tails[id(job)].read(job.stage.name)
         if self.live:
-            self.live.update(Group(self._table(watched), f"[bold]{self._summary()}"), refresh=True)
+            self.live.update(Group(self._table(watched), Text(self._summary(), style="bold")), refresh=True)
         else:
             for job in watched:
                 self._line("  ".join([job.label, *(cell for cell in self._cells(job) if cell)]))

@@ -43,7 +43,10 @@ class Stage:
     writes_record: bool = True  # else the scheduler does, when the command succeeds
 
     def done(self) -> bool:
-        return self.record.is_file() and files.read_json(self.record).get("key") == self.key
+        try:
+            return files.read_json(self.record)["key"] == self.key
+        except (FileNotFoundError, UserError, KeyError):  # damaged is as good as absent
+            return False
 
 
 @dataclasses.dataclass
