@@ -1,0 +1,74 @@
+"""The process that runs a vLLM engine for `vllm_backend.VLLMSampler`; not for use by hand.
+
+It reads messages from the connection whose file descriptor is its argument: first the options of `vllm.LLM`, then
+lists of (prompt token ids, options of `vllm.SamplingParams`). Each is answered by (failed, answer). The process ends
+when the other end of the connection is closed, as it is when the parent dies.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+import sys
+import threading
+import time
+from multiprocessing.connection import Connection
+
+SECONDS_TO_END = 5  # for the engine to clean up after itself
+
+
+def main() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then closes the connection
+    connection = Connection(int(sys.argv[1]))
+    messages: queue.SimpleQueue = queue.SimpleQueue()
+    threading.Thread(target=_receive, args=(connection, messages), daemon=True).start()
+    llm = None
+    for message in iter(messages.get, None):
+        try:
+            if llm is None:
+                from vllm import LLM
+
+                llm = LLM(**message)
+                answer = llm.model_config.max_model_len
+            else:
+                answer = _generate(llm, message)
+        except Exception as error:
+            connection.send((True, f"{type(error).__name__}: {error}"))
+        else:
+            connection.send((False, answer))
+
+
+def _receive(connection: Connection, messages: queue.SimpleQueue) -> None:
+    """Pass messages on; when there can be no more, end the process, even in the middle of generating."""
+    try:
+        while True:
+            messages.put(connection.recv())
+    except (EOFError, ConnectionError):
+        messages.put(None)
+        time.sleep(SECONDS_TO_END)
+        os._exit(0)
+
+
+def _generate(llm, rows: list[tuple[list[int], dict]]) -> list[tuple[list[int], list[float] | None, str]]:
+    """(token ids, logprobs, finish reason) for each row."""
+    from vllm import SamplingParams
+
+    outputs = llm.generate(
+        [{"prompt_token_ids": ids} for ids, _ in rows],
+        [SamplingParams(**options) for _, options in rows],
+        use_tqdm=False,
+    )
+    answers = []
+    for output in outputs:
+        (completion,) = output.outputs
+        token_ids = list(completion.token_ids)
+        logprobs = completion.logprobs
+        if logprobs is not None:
+            logprobs = [step[token].logprob for step, token in zip(logprobs, token_ids, strict=True)]
+        answers.append((token_ids, logprobs, completion.finish_reason))
+    return answers
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,345 @@
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import chisquare
+
+from shared.generation import SamplingParams, load_sampler
+
+PROMPTS = ["a", "abcd ef", "gh. é", "bad cab", "feed", "hhh hh h", "c", "e.e.e.e.e.e.e.e."]
+
+
+@pytest.fixture(scope="module")
+def sampler(model, tokenizer):
+    return load_sampler("transformers", model, tokenizer=tokenizer)
+
+
+def next_logits(model, ids):
+    with torch.no_grad():
+        return model(torch.tensor([ids])).logits[0, -1]
+
+
+def flat(completions):
+    return [c for row in completions for c in row]
+
+
+def token_ids(completions):
+    return [[c.token_ids for c in row] for row in completions]
+
+
+def naive_greedy(model, ids, steps):
+    """Recompute everything for each token: one row, no cache, no padding."""
+    out = []
+    while len(out) < steps and (not out or out[-1] != model.config.eos_token_id):
+        out.append(int(next_logits(model, ids + out).argmax()))
+    return out
+
+
+# ---- against the definition -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_greedy_equals_the_naive_loop(build_model, tokenizer, family):
+    model = build_model(family)
+    sampler = load_sampler("transformers", model, tokenizer=tokenizer)
+    rows = sampler.sample(PROMPTS, params=SamplingParams(max_new_tokens=24, temperature=0))
+    for prompt, [completion] in zip(PROMPTS, rows, strict=True):
+        expected = naive_greedy(model, tokenizer(prompt)["input_ids"], 24)
+        assert completion.token_ids == expected
+        assert completion.finish_reason == ("stop" if expected[-1] == 2 else "length")
+        assert completion.text == tokenizer.decode([t for t in expected if t > 2])
+
+
+@pytest.mark.parametrize("params", [{"temperature": 0}, {}, {"temperature": 0.5, "top_k": 3, "top_p": 0.8}])
+def test_logprobs_are_those_of_the_plain_model(model, tokenizer, sampler, params):
+    params = SamplingParams(max_new_tokens=20, logprobs=True, **params)
+    double = copy.deepcopy(model).double()
+    for prompt, row in zip(PROMPTS, sampler.sample(PROMPTS, n=2, params=params), strict=True):
+        for completion in row:
+            prompt_ids = tokenizer(prompt)["input_ids"]
+            with torch.no_grad():
+                logits_TV = double(torch.tensor([prompt_ids + completion.token_ids])).logits[0]
+            logprobs_TV = logits_TV[len(prompt_ids) - 1 : -1].log_softmax(-1)
+            expected = logprobs_TV.gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0]
+            np.testing.assert_allclose(completion.logprobs, expected, atol=2e-5)
+
+
+def test_no_logprobs_unless_asked_for(sampler):
+    [[completion]] = sampler.sample(["a"], params=SamplingParams(max_new_tokens=3))
+    assert completion.logprobs is None
+
+
+def filtered(logits, temperature=1.0, top_k=0, top_p=1.0):
+    """The distribution to sample from, by its definition, in float64."""
+    p = torch.softmax(logits.double() / temperature, -1).numpy()
+    order = np.argsort(-p)
+    if top_k:
+        p[order[top_k:]] = 0
+        p /= p.sum()
+    keep = 1 + int(np.sum(np.cumsum(p[order]) < top_p))
+    p[order[keep:]] = 0
+    return p / p.sum()
+
+
+FILTERS = [
+    {},
+    {"temperature": 0.6},
+    {"temperature": 1.7},
+    {"top_k": 4},
+    {"top_p": 0.7},
+    {"temperature": 1.5, "top_k": 6, "top_p": 0.8},
+]
+
+
+@pytest.mark.parametrize("params", FILTERS)
+def test_frequencies_are_the_distributions(model, tokenizer, sampler, params):
+    """Of the first token and, given the most frequent first token, of the second."""
+    rows = sampler.sample(["bad cab"], n=4000, params=SamplingParams(max_new_tokens=2, seed=3, **params))[0]
+    prompt_ids = tokenizer("bad cab")["input_ids"]
+    firsts = np.bincount([c.token_ids[0] for c in rows], minlength=len(tokenizer))
+    check_frequencies(firsts, filtered(next_logits(model, prompt_ids), **params))
+    first = int(np.argmax(np.where(np.arange(len(firsts)) == 2, 0, firsts)))
+    seconds = np.bincount([c.token_ids[1] for c in rows if c.token_ids[0] == first], minlength=len(tokenizer))
+    check_frequencies(seconds, filtered(next_logits(model, [*prompt_ids, first]), **params))
+
+
+def check_frequencies(counts, p):
+    assert counts[p == 0].sum() == 0
+    counts, p = counts[p > 0], p[p > 0]
+    assert len(p) > 1
+    rare = p * counts.sum() < 5  # one bin for all of them, as the chi-square test wants
+    counts = np.append(counts[~rare], counts[rare].sum())
+    p = np.append(p[~rare], p[rare].sum())
+    assert chisquare(counts[p > 0], p[p > 0] * counts.sum()).pvalue > 1e-3
+
+
+def test_the_chi_square_test_can_fail(model, tokenizer, sampler):
+    rows = sampler.sample(["bad cab"], n=4000, params=SamplingParams(max_new_tokens=1, temperature=1.1))[0]
+    firsts = np.bincount([c.token_ids[0] for c in rows], minlength=len(tokenizer))
+    with pytest.raises(AssertionError):
+        check_frequencies(firsts, filtered(next_logits(model, tokenizer("bad cab")["input_ids"])))
+
+
+# ---- what a completion depends on -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("params", [{"temperature": 0}, {"seed": 5}, {"seed": 5, "top_p": 0.9, "stop": ("ab", "d.")}])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_batch_size_does_not_matter(build_model, tokenizer, family, params):
+    params = SamplingParams(max_new_tokens=20, logprobs=True, **params)
+    model = build_model(family)
+    reference = load_sampler("transformers", model, tokenizer=tokenizer, batch_size=1).sample(PROMPTS, 3, params)
+    for options in ({"batch_size": 5}, {"batch_size": 64}, {"max_batch_tokens": 70}):
+        rows = load_sampler("transformers", model, tokenizer=tokenizer, **options).sample(PROMPTS, 3, params)
+        assert token_ids(rows) == token_ids(reference)
+        for row, expected in zip(rows, reference, strict=True):
+            for completion, other in zip(row, expected, strict=True):
+                assert completion.text == other.text
+                assert completion.finish_reason == other.finish_reason
+                np.testing.assert_allclose(completion.logprobs, other.logprobs, atol=1e-4)
+
+
+def test_other_prompts_do_not_matter(sampler):
+    params = SamplingParams(max_new_tokens=12)
+    rows = dict(zip(PROMPTS, sampler.sample(PROMPTS, 2, params), strict=True))
+    assert sampler.sample(PROMPTS[3:5], 2, params) == [rows[p] for p in PROMPTS[3:5]]
+    assert sampler.sample(PROMPTS[::-1], 2, params) == [rows[p] for p in PROMPTS[::-1]]
+
+
+def test_a_repeated_prompt_continues_its_samples(sampler):
+    params = SamplingParams(max_new_tokens=12)
+    [four] = sampler.sample(["feed"], 4, params)
+    assert sampler.sample(["feed", "a", "feed"], 2, params)[::2] == [four[:2], four[2:]]
+    assert len({c.text for c in four}) == 4
+
+
+def test_the_seed_fixes_the_samples(sampler):
+    params = SamplingParams(max_new_tokens=12, seed=1)
+    torch.manual_seed(0)
+    first = sampler.sample(PROMPTS, 2, params)
+    torch.manual_seed(1)
+    assert sampler.sample(PROMPTS, 2, params) == first
+    other = sampler.sample(PROMPTS, 2, SamplingParams(max_new_tokens=12, seed=2))
+    assert all(a != b for row, others in zip(first, other, strict=True) for a, b in zip(row, others, strict=True))
+
+
+def test_the_global_random_state_is_left_alone(sampler):
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    sampler.sample(["feed"], 2, SamplingParams(max_new_tokens=4))
+    assert torch.equal(torch.rand(3), expected)
+
+
+# ---- ends -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stop", [("a",), (". ", "ab"), ("dc",), ("gh", "h"), ("é",), ("abcd", "bc", "no such text")])
+def test_stop_strings_cut_what_would_have_been_generated(tokenizer, sampler, stop):
+    """Search every prefix of the unstopped completion."""
+    long = SamplingParams(max_new_tokens=30, logprobs=True)
+    found = spanning = 0
+    unstopped = sampler.sample(PROMPTS, 8, long)
+    stopped = sampler.sample(PROMPTS, 8, SamplingParams(max_new_tokens=30, logprobs=True, stop=stop))
+    for free, cut in zip(flat(unstopped), flat(stopped), strict=True):
+        texts = [tokenizer.decode(free.token_ids[:k], skip_special_tokens=True) for k in range(len(free.token_ids) + 1)]
+        hits = [k for k, text in enumerate(texts) if any(s in text for s in stop)]
+        if not hits:
+            assert cut.text == free.text
+            assert cut.token_ids == free.token_ids
+            assert cut.finish_reason == free.finish_reason
+            continue
+        length = hits[0]
+        start = min((texts[length].find(s) + len(s), texts[length].find(s)) for s in stop if s in texts[length])[1]
+        found += 1
+        spanning += start < len(texts[length - 1])  # the string began in an earlier token
+        assert cut.text == texts[length][:start]
+        assert cut.token_ids == free.token_ids[:length]
+        assert cut.finish_reason == "stop"
+        np.testing.assert_allclose(cut.logprobs, free.logprobs[:length], atol=1e-4)
+    assert found > 0
+    assert spanning > 0 or stop in [("a",)]
+
+
+def test_end_of_sequence_at_the_first_token(build_model, tokenizer):
+    model = build_model()
+    with torch.no_grad():
+        model.lm_head.weight.zero_()  # uniform; argmax is the first of equals
+    model.generation_config.eos_token_id = [0, 2]
+    sampler = load_sampler("transformers", model, tokenizer=tokenizer)
+    params = SamplingParams(max_new_tokens=5, temperature=0, logprobs=True)
+    for [completion] in sampler.sample(PROMPTS, params=params):
+        assert (completion.text, completion.token_ids, completion.finish_reason) == ("", [0], "stop")
+        assert completion.logprobs == pytest.approx([-math.log(len(tokenizer))])
+
+
+def test_the_tokenizers_end_of_sequence_counts_too(build_model, tokenizer):
+    model = build_model()
+    model.generation_config.eos_token_id = None
+    sampler = load_sampler("transformers", model, tokenizer=tokenizer)
+    rows = flat(sampler.sample(PROMPTS, 8, SamplingParams(max_new_tokens=30)))
+    ended = [c for c in rows if c.finish_reason == "stop"]
+    assert 0 < len(ended) < len(rows)
+    assert all(c.token_ids.index(2) == len(c.token_ids) - 1 for c in ended)
+    assert all(2 not in c.token_ids and len(c.token_ids) == 30 for c in rows if c.finish_reason == "length")
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_completions_end_with_the_context(build_model, tokenizer, family):
+    sizes = {"n_positions": 16} if family == "gpt2" else {"max_position_embeddings": 16}
+    model = build_model(family, **sizes)
+    sampler = load_sampler("transformers", model, tokenizer=tokenizer)
+    prompts = [[5] * length for length in (1, 9, 10, 14, 15)]
+    rows = sampler.sample(prompts, 4, SamplingParams(max_new_tokens=6))
+    for prompt, row in zip(prompts, rows, strict=True):
+        for completion in row:
+            if completion.finish_reason == "length":
+                assert len(completion.token_ids) == min(6, 16 - len(prompt))
+    assert any(c.finish_reason == "length" for c in rows[-2])
+    greedy = SamplingParams(max_new_tokens=6, temperature=0)
+    [[completion]] = sampler.sample([[5] * 14], params=greedy)
+    assert completion.token_ids == naive_greedy(model, [5] * 14, 2)
+
+
+# ---- prompts, models, tokenizers --------------------------------------------------------------------------------
+
+
+def test_kinds_of_prompts(sampler, tokenizer):
+    chat = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "cd"}]
+    params = SamplingParams(max_new_tokens=8, logprobs=True)
+    assert sampler.sample([chat], 2, params) == sampler.sample(["ab. cd. h"], 2, params)
+    ids = tokenizer("ab. cd. h")["input_ids"]
+    assert (
+        sampler.sample([ids], 2, params) == sampler.sample([tuple(ids)], 2, params) == sampler.sample([chat], 2, params)
+    )
+
+
+def test_no_prompts_no_completions(sampler):
+    assert sampler.sample([]) == []
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ([3] * 128, r"prompt 1 has 128 tokens, which leaves no room .* context of 128"),
+        ([18], "prompt 1 has token id 18, but the model knows only 18 tokens"),
+        ([{"role": "system", "content": "a"}], "prompt 1: the chat template refuses these messages: no system role"),
+        ("x", "prompt 1 has no tokens"),  # no such character in the tiny vocabulary
+    ],
+)
+def test_prompts_the_model_cannot_take(sampler, prompt, message):
+    with pytest.raises(ValueError, match=message):
+        sampler.sample(["a", prompt])
+
+
+def test_no_chat_template(model, tokenizer):
+    bare = copy.deepcopy(tokenizer)
+    bare.chat_template = None
+    with pytest.raises(ValueError, match=r"prompt 0 is a list of chat messages, but the tokenizer .* no chat template"):
+        load_sampler("transformers", model, tokenizer=bare).sample([[{"role": "user", "content": "a"}]])
+
+
+def test_a_tokenizer_without_padding_token(model, tokenizer, sampler):
+    bare = copy.deepcopy(tokenizer)
+    bare.pad_token = None
+    params = SamplingParams(max_new_tokens=12)
+    assert load_sampler("transformers", model, tokenizer=bare).sample(PROMPTS, 2, params) == sampler.sample(
+        PROMPTS, 2, params
+    )
+    assert bare.pad_token is None
+
+
+def test_a_checkpoint_directory(checkpoint, sampler):
+    params = SamplingParams(max_new_tokens=12)
+    with load_sampler("transformers", checkpoint) as loaded:
+        assert loaded.model.dtype == torch.float32
+        assert loaded.sample(PROMPTS, 2, params) == sampler.sample(PROMPTS, 2, params)
+
+
+def test_wrong_models(model, tmp_path):
+    with pytest.raises(ValueError, match="a loaded model needs its tokenizer"):
+        load_sampler("transformers", model)
+    with pytest.raises(ValueError, match="this model is loaded already"):
+        load_sampler("transformers", model, tokenizer=tmp_path, dtype="float32")
+    with pytest.raises(ValueError, match="batch_size must be positive"):
+        load_sampler("transformers", model, batch_size=0)
+    with pytest.raises(ValueError, match="max_batch_tokens must be positive"):
+        load_sampler("transformers", model, max_batch_tokens=0)
+
+
+def test_the_checkpoints_generation_settings_are_ignored_and_kept(build_model, tokenizer, sampler):
+    model = build_model()
+    model.generation_config.update(repetition_penalty=5.0, do_sample=True, temperature=0.1, top_k=1, min_new_tokens=9)
+    before = model.generation_config.to_dict()
+    params = SamplingParams(max_new_tokens=12)
+    rows = load_sampler("transformers", model, tokenizer=tokenizer).sample(PROMPTS, 2, params)
+    assert rows == sampler.sample(PROMPTS, 2, params)
+    assert model.generation_config.to_dict() == before
+
+
+def test_a_model_in_training_is_sampled_in_evaluation_mode_and_put_back(build_model, tokenizer):
+    model = build_model(attention_dropout=0.5)
+    sampler = load_sampler("transformers", model, tokenizer=tokenizer)
+    params = SamplingParams(max_new_tokens=12)
+    expected = sampler.sample(PROMPTS, 2, params)
+    model.train()
+    model.model.layers[0].eval()
+    assert sampler.sample(PROMPTS, 2, params) == expected
+    assert model.training
+    assert model.model.layers[1].self_attn.training
+    assert not model.model.layers[0].self_attn.training
+
+
+def test_an_adapter_model(build_model, tokenizer):
+    from peft import LoraConfig, get_peft_model
+
+    model = build_model()
+    generation_config = model.generation_config
+    sampler = load_sampler("transformers", model, tokenizer=tokenizer)
+    params = SamplingParams(max_new_tokens=12)
+    expected = sampler.sample(PROMPTS, 2, params)
+    wrapped = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=True))
+    assert load_sampler("transformers", wrapped, tokenizer=tokenizer).sample(PROMPTS, 2, params) == expected
+    assert model.generation_config is generation_config
