@@ -1,6 +1,11 @@
 """CoconutForCausalLM against the literal definition in papers/coconut/naive.py."""
 
+import importlib.util
+import json
+import subprocess
+import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -535,3 +540,44 @@ def test_incomplete_configuration():
 
     with pytest.raises(ValueError, match="text_config"):
         CoconutForCausalLM(CoconutConfig(latent_token_id=3))
+
+
+# --- benchmark ------------------------------------------------------------------------------------------------------
+
+BENCH = Path(__file__).parents[3] / "scripts" / "bench" / "coconut.py"
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    spec = importlib.util.spec_from_file_location("bench_coconut", BENCH)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    train = module.Task("train", "tiny", "train", 3, (5, 8), 2, 3)
+    evaluate = module.Task("eval", "tiny", "eval", 4, (5, 8), 2, 3, literal_rows=2)
+    monkeypatch.setattr(module, "TASKS", [train, evaluate])
+    return module
+
+
+def test_benchmark_agrees_with_the_straightforward_algorithm(bench, tmp_path, monkeypatch, capsys):
+    """The script itself compares losses, gradients and tokens of all sides, and fails if they differ."""
+    out = tmp_path / "bench.json"
+    monkeypatch.setattr(sys, "argv", ["coconut.py", "--seconds", "0", "--out", str(out)])
+    bench.main()
+    train, evaluate = json.loads(out.read_text())["rows"]
+    assert train["seconds_min"].keys() == {"ours", "literal", "literal, unbind"}
+    assert evaluate["examples"] == {"ours": 4, "literal": 2}
+    speed = evaluate["examples"]["ours"] / evaluate["seconds_min"]["ours"]
+    assert f"| {speed:.3g} examples/s |" in capsys.readouterr().out
+
+
+def test_benchmark_notices_a_difference(bench, monkeypatch):
+    model = bench.make_model("tiny", "cpu", 0)
+    whole = type(model)._run_passes
+    monkeypatch.setattr(type(model), "_run_passes", lambda *args: whole(*args) * 1.01)
+    with pytest.raises(AssertionError, match="not close"):
+        bench.run_task(bench.TASKS[0], model, "cpu", 0.0, 0)
+
+
+def test_benchmark_loads_without_torch():
+    code = f"import runpy, sys; runpy.run_path({str(BENCH)!r}, run_name='bench'); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
