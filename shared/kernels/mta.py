@@ -17,9 +17,10 @@ from __future__ import annotations
 
 import torch
 
+from shared.kernels.mta_chunked import mta_chunked
 from shared.kernels.mta_reference import mta_reference
 
-BACKENDS = ("auto", "reference")
+BACKENDS = ("auto", "reference", "chunked")
 
 
 def mta_attention(
@@ -65,7 +66,9 @@ def mta_attention(
     options = {**kernels, "segment_ids": segment_ids, "scale": scale, "dropout_p": dropout_p}
     # The maps have the precision of q whatever autocast would choose for their products.
     with torch.autocast(q_BHTD.device.type, enabled=False):
-        return mta_reference(q_BHTD, k_BGSD, v_BGSD, **options)
+        if backend == "reference":
+            return mta_reference(q_BHTD, k_BGSD, v_BGSD, **options)
+        return mta_chunked(q_BHTD, k_BGSD, v_BGSD, **options)
 
 
 def _check(q_BHTD, k_BGSD, v_BGSD, kernels, segment_ids, dropout_p, backend) -> None:
