@@ -125,7 +125,7 @@ def interval(
     """The mean over seeds and items of `a - b` (of `a - constant` without `b`), with its 95% interval.
 
     Args:
-        a, b: with the same seeds. For one seed a mapping holds either numbers or items, for all seeds the same kind.
+        a, b: with the same seeds; each has either a number for every seed or scores by item for every seed.
         rng_seed, resamples: of the bootstrap over items; the interval of numbers per seed needs no resampling.
 
     Raises:

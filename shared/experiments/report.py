@@ -182,7 +182,9 @@ def _facts(results: dict) -> list[tuple[str, str]]:
     runs = [run for arm in results["arms"].values() for run in arm["runs"].values()]
     facts = [("seeds", ", ".join(map(str, results["seeds"])))]
     if info.get("wall_seconds") is not None:
-        facts.append(("wall time", duration(info["wall_seconds"])))
+        reused = info.get("stages_reused")
+        note = f" ({reused} of {info['stages']} stages had been done before)" if reused else ""
+        facts.append(("wall time", duration(info["wall_seconds"]) + note))
     if seconds := [stage["seconds"] for run in runs for stage in (run["train"], run["eval"]) if stage["seconds"]]:
         facts.append(("time in all runs", duration(sum(seconds))))
     if peaks := _peaks(runs, "peak_memory_mb"):

@@ -50,8 +50,8 @@ def write_results(
     for arm in arms:
         for seed in seeds:
             directory = Path(runs_dir) / arm / str(seed)
-            reason = info.get("failed", {}).get(f"{arm}/{seed}") or _missing(directory)
-            if reason:
+            failed = info.get("failed", {})
+            if reason := failed.get(f"{arm}/{seed}") or _missing(directory):
                 missing[arm, seed] = reason
             else:
                 data.setdefault(arm, {})[seed] = read_run(directory)

@@ -117,6 +117,14 @@ def test_smoke_reports_say_that_they_claim_nothing(small_paper, small_runs, run_
     assert "claims nothing" in (small_runs / "report.md").read_text()
 
 
+def test_a_wall_time_that_leaves_stages_out_says_so(small_paper, small_runs, run_info):
+    info = run_info | {"stages": 12, "stages_reused": 4}
+    results = write_results(small_paper, "tiny", small_runs, [0, 1, 2], ["ours", "base"], info)
+    write_report(small_paper, results, small_runs)
+    text = (small_runs / "report.md").read_text()
+    assert "- wall time: 3 min 12 s (4 of 12 stages had been done before)" in text
+
+
 def test_text_from_files_is_escaped(small_paper, small_runs, run_info):
     failed = run_info | {"failed": {"base/1": "<script>alert(1)</script>"}}
     results = write_results(small_paper, "tiny", small_runs, [0, 1, 2], ["ours", "base"], failed)
