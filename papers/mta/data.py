@@ -147,13 +147,12 @@ class FindBlock:
         blocks = _distinct_letters(rng, size * self.n_blocks, self.block_size).reshape(size, self.n_blocks, -1)
         target_BQ = rng.integers(n_blocks_B[:, None], size=(size, self.n_queries))
         order = rng.random((size, self.n_queries, self.block_size)).argsort(-1)[..., : self.query_size]
-        used_BK = np.arange(self.n_blocks) < n_blocks_B[:, None]
         target_BQK = target_BQ[..., None] == np.arange(self.n_blocks)
         for _ in range(1000):
             query_BQL = np.take_along_axis(blocks[np.arange(size)[:, None], target_BQ], order, axis=-1)
             block_BK, query_BQ = _letter_set(blocks), _letter_set(query_BQL)
             holds_BQK = (block_BK[:, None] & query_BQ[..., None]) == query_BQ[..., None]
-            bad_BK = ((holds_BQK & ~target_BQK).any(1) | _repeated(blocks)) & used_BK
+            bad_BK = (holds_BQK & ~target_BQK).any(1) | _repeated(blocks)
             if not bad_BK.any():
                 return blocks, n_blocks_B, target_BQ, query_BQL
             blocks[bad_BK] = _distinct_letters(rng, bad_BK.sum(), self.block_size)
@@ -401,14 +400,12 @@ class MixedText(torch.utils.data.IterableDataset):
             "rows": self.rows.state_dict(),
             "rng": self.rng.bit_generator.state,
             "buffers": {domain: list(tokens) for domain, tokens in self.buffers.items()},
-            "wanted": self.wanted,
         }
 
     def load_state_dict(self, state: dict) -> None:
         self.rows.load_state_dict(state["rows"])
         self.rng.bit_generator.state = state["rng"]
         self.buffers = {domain: list(tokens) for domain, tokens in state["buffers"].items()}
-        self.wanted = state["wanted"]
 
 
 def _domain(row: dict) -> str:

@@ -13,6 +13,7 @@ TASKS = [
     {"answer": answer, "block_size": n, "n_blocks": 50} for answer in ("all", "first", "last") for n in (5, 8)
 ] + [
     {"answer": "first", "block_size": 3, "n_blocks": 8, "n_queries": 4},
+    {"answer": "last", "block_size": 2, "n_blocks": 40},
     {"answer": "all", "block_size": 4, "n_blocks": 12, "min_blocks": 5, "n_queries": 3, "query_size": 3},
 ]  # fmt: skip
 

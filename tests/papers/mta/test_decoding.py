@@ -101,9 +101,10 @@ def test_beam_search_reorders_the_whole_cache(undecided, changes, monkeypatch):
 def test_assisted_decoding_takes_guesses_back(undecided, changes):
     """Prompt lookup guesses tokens, most of them wrong here, and crops the cache."""
     model = undecided(**changes)
-    prompt = torch.tensor([[5, 6, 7, 8, 5, 6, 9, 5, 6, 7, 5, 6]])
-    guessed = model.generate(prompt, max_new_tokens=12, do_sample=False, prompt_lookup_num_tokens=3)
-    assert torch.equal(guessed, model.generate(prompt, max_new_tokens=12, do_sample=False, use_cache=False))
+    prompt = torch.tensor([[0, 0, 5, 6, 7, 8, 5, 6, 9, 5, 6, 7, 5, 6]])
+    options = {"attention_mask": (prompt != 0).long(), "max_new_tokens": 12, "do_sample": False}
+    guessed = model.generate(prompt, prompt_lookup_num_tokens=3, **options)
+    assert torch.equal(guessed, model.generate(prompt, use_cache=False, **options))
 
 
 @torch.no_grad()
@@ -116,14 +117,15 @@ def test_taking_back_without_recording_is_refused(tiny_model):
 
 
 @torch.no_grad()
-def test_rows_of_the_cache_can_be_repeated_and_selected(tiny_model):
+def test_rows_of_the_cache_can_be_repeated_selected_and_reordered(tiny_model):
     model = tiny_model()
     x = torch.cat([torch.nn.functional.pad(tokens(1, 4), (3, 0)), tokens(1, 7)])
     mask, following = (x != 0).long(), tokens(4, 3)
-    chosen = torch.tensor([1, 0, 0])
+    chosen = torch.tensor([0, 1, 0])
     cache = model(x, attention_mask=mask, use_cache=True).past_key_values
     cache.batch_repeat_interleave(2)
     cache.batch_select_indices(torch.tensor([3, 0, 1]))
+    cache.reorder_cache(torch.tensor([1, 0, 2]))
     rows, masks = x[chosen], torch.cat([mask[chosen], torch.ones(3, 3, dtype=torch.long)], dim=1)
     decoded = model(following[:3], attention_mask=masks, past_key_values=cache).logits
     full = model(torch.cat([rows, following[:3]], dim=1), attention_mask=masks).logits
