@@ -1,8 +1,8 @@
 """Rows of question, steps and answer: the format of the authors' files, word lists, and tokenizers for generated data.
 
-    {"question": "Every blick is a dwost. ... Is Ada a dwost or frelm?",
-     "steps": ["Ada is a blick.", "Every blick is a dwost."],
-     "answer": "Ada is a dwost."}
+    {"question": "Every blix is a dwung. ... Is Ada a dwung or frerp?",
+     "steps": ["Ada is a blix.", "Every blix is a dwung."],
+     "answer": "Ada is a dwung."}
 
 Rows about a graph (ProsQA) carry it along: `idx_to_symbol` (name of each node), `edges` (pairs of nodes, source first),
 and the nodes `root` (asked about), `target` (right option) and `neg_target` (wrong option).

@@ -45,18 +45,19 @@ def _problem(hops: int, rng: random.Random) -> tuple[str, dict]:
     asked_property, *other_properties = rng.sample(PROPERTIES, len(PROPERTIES))
     negated = rng.sample(["", "not "], 2)
     ends = [f"{negated[i]}{asked_property}" for i in range(2)]
+    # One of "cold" and "not cold" in the whole problem, so that nobody is both.
+    qualities = [f"{rng.choice(['', 'not '])}{quality}" for quality in other_properties]
 
     facts = []
     for person, chain, end in zip(people, chains, ends, strict=True):
         facts += [f"{person} is a {chain[0]}.", *_rules(chain, end)]
     for concept, other in zip(concepts[: 2 * hops], concepts[2 * hops :], strict=True):
         if rng.random() < 0.5:  # side branches: another concept, or a property that is not asked about
-            quality = f"{rng.choice(['', 'not '])}{rng.choice(other_properties)}"
-            facts.append(f"Every {concept} is {rng.choice([f'a {other}', quality])}.")
+            facts.append(f"Every {concept} is {rng.choice([f'a {other}', rng.choice(qualities)])}.")
     rng.shuffle(facts)
 
-    asked = rng.randrange(2)
-    person, chain, end = people[asked], chains[asked], ends[asked]
+    # The two people are drawn alike: asking about the first is asking about a random one.
+    person, chain, end = people[0], chains[0], ends[0]
     known = [f"{person} is a {concept}." for concept in chain]
     conclusion = f"{person} is {end}."
     steps = [f"{fact} {rule}" for fact, rule in zip(known, _rules(chain, end), strict=True)]

@@ -1,7 +1,8 @@
 """ProsQA: is the person an A or a B? Found by searching a graph of "is a" relations.
 
 `prosqa_rows` follows Algorithm 1 of the paper (appendix). `balanced_rows` is a variant without its shortcuts: in ProsQA
-the shape of the graph alone gives away most answers (see papers/coconut/README.md), here it gives away none.
+a logistic regression on the shape of the graph, blind to who is asked about, answers nine questions in ten (93 % of the
+released validation rows, 91 % of ours); here it is at chance.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from shared.experiments.errors import UserError
 
 Edges = list[tuple[int, int]]
 
-# Algorithm 1. From the paper: number of parents ~ Poisson(1.5), parents drawn with probability ∝ 1.5·depth + 1, the
-# three sources of parents, first chosen with probability .35.
+# Algorithm 1. From the paper: the number of parents ~ Poisson(1.5), parents drawn with probability ∝ 1.5·depth + 1, and
+# three sources of parents (below node 0, below node 1, anywhere), the first chosen with probability .35.
 POISSON = [exp(-1.5) * 1.5**k / factorial(k) for k in range(12)]
 P_FIRST = 0.35
-# Inferred from the 300 released validation rows, because the text leaves them open or does not give their statistics:
+# Inferred from the 300 released validation rows, because the text leaves it open or does not lead to their statistics:
 # - N = 28 nodes are drawn and those without any edge dropped: 22.8 ± 2.0 remain, at most 28 (released: 22.8 ± 2.0, 28).
 # - The second source has .7 of what the first leaves (a fresh random number), not .35: 65 % of the released questions
 #   are about node 1. Nodes that descend from neither root are parents only in the third case: with them in all three,

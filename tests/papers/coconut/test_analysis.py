@@ -42,6 +42,7 @@ FACTS = {"question": "... ? Ada fix hix", "steps": ["bix", "dix", "fix"], "answe
         (0, "Ada is a bix.", "wrong_target"),
         (0, "Ada is a dix. Every dix is a fix.", "hallucination"),  # no such edge
         (0, "Ada is a bix. Every dix is a fix.", "hallucination"),  # does not connect
+        (0, "Ada is a bix. Every cix is a dix. Every dix is a fix.", "hallucination"),  # nor if bix is a dix, too
         (0, "Every bix is a dix. Every dix is a fix.", "hallucination"),  # does not begin at the root
         (0, "Leon is a hix.", "hallucination"),
         (0, "Ada is a bix. Every bix is a dix. Every dix is a", "hallucination"),  # cut short

@@ -302,6 +302,8 @@ def test_prontoqa_answers_follow_from_the_facts():
         people = {fact.split()[0] for fact in facts} - {"Every"}
         (other,) = people - {person}
         assert (claim in closure(facts, other)) != (claim in known)  # the other person turns it round
+        for found in (known, closure(facts, other)):
+            assert not any(f"not {what}" in found for what in found)
 
         assert len(row["steps"]) == 6
         said = [sentence.rstrip(".") for step in row["steps"] for sentence in re.findall(r"[^.]+\.", step)]
