@@ -51,7 +51,7 @@ ARMS = {
     "no_thought": Arm("given"),
     "pause_as_thought": Arm("given", "pause", markers=True),
     "pause": Arm("last", "pause"),
-    # Deng et al. 2024. The paper only cites its result; schedule in `icot_removed_tokens`.
+    # Deng et al. 2024. The paper only cites its result; schedule in train.removed_tokens.
     "icot": Arm("tokens"),
 }
 
@@ -134,17 +134,13 @@ def draw_stages(
     return np.where(mixed_B, uniform_B, stage)
 
 
-def icot_removed_tokens(
-    rng: np.random.Generator, step: int, tokens_per_step: float, size: int, smoothing: float = 4.0
-) -> np.ndarray:
-    """`[size]` numbers of tokens that `icot` removes at an optimizer step: linear in the steps, plus a random few.
+def icot_offsets(rng: np.random.Generator, size: int, smoothing: float = 4.0) -> np.ndarray:
+    """`[size]` numbers of tokens that `icot` removes beyond its schedule: P(o) ∝ exp(-smoothing · o), o = 0, 1, ...
 
-    The schedule of Deng et al. 2024 ("From Explicit CoT to Implicit CoT"; inferred, this paper does not give it):
-    at step t, floor(tokens_per_step · t) + o tokens with P(o) ∝ exp(-smoothing · o), o = 0, 1, ... They reset the
-    optimizer when the first term changes.
+    The removal smoothing of Deng et al. 2024, "From Explicit CoT to Implicit CoT" (inferred: this paper does not say
+    whether the number it cites had it).
     """
-    offset = rng.geometric(1 - np.exp(-smoothing), size) - 1
-    return int(step * tokens_per_step) + offset
+    return rng.geometric(1 - np.exp(-smoothing), size) - 1
 
 
 # ---- tokens -------------------------------------------------------------------------------------------------------
