@@ -43,7 +43,7 @@ def report() -> int:
 
     papers = [load_paper(name, ROOT / "papers") for name in paper_names(ROOT / "papers")]
     index = write_site(papers, ROOT / "report")
-    print(f"{index.relative_to(ROOT)}: {len(papers)} papers")
+    print(index.relative_to(ROOT))
     if write_index(ROOT / "papers"):
         print("papers/README.md: table of papers brought up to date")
     return 0

@@ -93,12 +93,12 @@ def test_items_of_each_seeds_own_give_the_t_interval_of_seed_means():
 
 
 def test_seeds_that_agree_by_luck_do_not_hide_the_noise_of_items():
-    # Three seeds with exactly equal accuracy on items of their own: the t interval alone would have no width.
+    # Three seeds with exactly equal accuracy: the t interval alone would have no width.
     values = np.array([[1.0, 0.0] * 50, [0.0, 1.0] * 50, [1.0, 1.0, 0.0, 0.0] * 25])
-    for seed_prefix in (True, False):
-        got = interval(by_item(values, seed_prefix=seed_prefix))
-        items_alone = 1.96 * math.sqrt(0.25 / 300)
-        assert got.hi - got.effect > items_alone
+    own = interval(by_item(values, seed_prefix=True))
+    assert own.hi - own.effect == pytest.approx(1.96 * math.sqrt(0.25 / 300), rel=0.1)
+    shared = interval(by_item(values))
+    assert shared.hi - shared.effect == pytest.approx(1.96 * values.mean(0).std() / math.sqrt(100), rel=0.1)
 
 
 def test_pairing_removes_what_the_arms_share():
@@ -140,6 +140,7 @@ def test_one_seed_without_items_has_no_interval():
     got = interval({0: 1.0}, {0: 0.5})
     assert (got.effect, got.lo, got.hi) == (0.5, None, None)
     assert "no interval" in got.note
+    assert interval({0: {"only": 1.0}}).lo is None
 
 
 def test_items_that_only_some_seeds_have_are_an_error():
@@ -152,30 +153,31 @@ def test_items_that_only_some_seeds_have_are_an_error():
 # ---- intervals: coverage --------------------------------------------------------------------------------------
 
 
-def coverage(seeds, items, sd_seed, sd_item, sd_both, experiments=1000):
+def coverage(seeds, items, sd_seed, sd_item, sd_both, experiments=500):
     rng = np.random.default_rng(11)
     covered = 0
     for experiment in range(experiments):
         noise = rng.normal(0, sd_both, (seeds, items))
         values = rng.normal(0, sd_seed, (seeds, 1)) + rng.normal(0, sd_item, (1, items)) + noise
-        found = interval(by_item(values), rng_seed=experiment, resamples=300)
+        found = interval(by_item(values), rng_seed=experiment, resamples=200)
         covered += found.lo < 0 < found.hi
     return covered / experiments
 
 
-# 1000 experiments know a coverage of 0.95 to a standard error of 0.007.
+# 500 experiments know a coverage of 0.95 to a standard error of 0.010.
 @pytest.mark.parametrize("seeds", [3, 5])
 @pytest.mark.parametrize(
     ("sd_seed", "sd_item", "sd_both", "at_most"),
     [
         (0.2, 0.3, 0.3, 0.98),  # seeds dominate
-        (0.05, 0.3, 0.3, 1.0),  # all parts matter
+        (0.05, 0.3, 0.3, 0.99),  # all parts matter
+        (0.0, 0.0, 0.5, 0.99),  # seeds do not matter
         (0.01, 0.5, 0.1, 0.98),  # items dominate
     ],
 )
 def test_95_percent_intervals_cover_at_least_about_95_percent(seeds, sd_seed, sd_item, sd_both, at_most):
     found = coverage(seeds, 60, sd_seed, sd_item, sd_both)
-    assert 0.936 <= found <= at_most
+    assert 0.93 <= found <= at_most
 
 
 # ---- intervals: invariances -----------------------------------------------------------------------------------
