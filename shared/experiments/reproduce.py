@@ -9,6 +9,7 @@ import os
 import shlex
 import sys
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -148,7 +149,7 @@ def read_request(args: argparse.Namespace, root: Path) -> Request:
     arms = paper.select_arms(args.scale, _split(args.arms))
     published = paper.seeds["tiny" if args.scale == "smoke" else args.scale]
     seeds = _seeds(args.seeds) if args.seeds else published[:1] if args.scale == "smoke" else published
-    entries = shlex.split(args.set or "")
+    entries = _entries(args.set or "")
     run_overrides = [entry.removeprefix("run.") for entry in entries if entry.startswith("run.")]
     return Request(
         paper=paper,
@@ -173,6 +174,13 @@ def _seeds(text: str) -> list[int]:
     if not parts or not all(part.isdecimal() and int(part) < 2**32 for part in parts) or len(set(parts)) != len(parts):
         raise UserError(f"SEEDS={text}: give different whole numbers from 0 on, separated by commas: SEEDS=0,1,2")
     return [int(part) for part in parts]
+
+
+def _entries(text: str) -> list[str]:
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise UserError(f"SET={text}: {error}") from error
 
 
 def _positive(text: str | None) -> int | None:
@@ -321,8 +329,8 @@ def _status(paper: Paper, scale: str) -> str:
         return "no config"
     if not path.is_file():
         return "-"
-    verdicts = [claim["verdict"] for claim in files.read_json(path)["claims"]]
-    return ", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in dict.fromkeys(sorted(verdicts)))
+    counts = Counter(claim["verdict"] for claim in files.read_json(path)["claims"])
+    return ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
 
 
 def smoke(args: argparse.Namespace, root: Path, console: Console) -> int:

@@ -100,7 +100,7 @@ def run_jobs(jobs: Sequence[Job], slots: Sequence[Mapping[str, str]], display: D
                 display.tick()
                 time.sleep(POLL_SECONDS)
         finally:
-            stop_processes(list(running), lambda: len(received) > 1)
+            stop_processes([process.pid for process in running], lambda: len(received) > 1)
         if received:
             raise Interrupted(received[0])
 
@@ -171,27 +171,28 @@ def failure(stage: Stage, status: int) -> str:
     return ""
 
 
-def stop_processes(processes: Sequence[subprocess.Popen], hurry: Callable[[], bool] = lambda: False) -> None:
-    """Ends each process with its group and all its descendants: asks first, kills after GRACE_SECONDS or on `hurry`."""
+def stop_processes(pids: Sequence[int], hurry: Callable[[], bool] = lambda: False) -> None:
+    """Ends our children `pids`, their groups and all their descendants: asks first, kills after GRACE_SECONDS or on
+    `hurry`. Takes no Popen: a signal handler may call this while the interrupted Popen.wait holds its lock."""
     import psutil
 
     everyone: list[psutil.Process] = []
-    for process in processes:
+    for pid in pids:
         with contextlib.suppress(psutil.NoSuchProcess):
-            own = psutil.Process(process.pid)
-            everyone += [own, *own.children(recursive=True)]  # launchers put workers into groups of their own
-    for one in everyone:
+            child = psutil.Process(pid)
+            everyone += [child, *child.children(recursive=True)]  # launchers put workers into groups of their own
+    for process in everyone:
         with contextlib.suppress(psutil.NoSuchProcess):
-            one.terminate()
+            process.terminate()
     deadline = time.monotonic() + GRACE_SECONDS
     while everyone and time.monotonic() < deadline and not hurry():
         _, everyone = psutil.wait_procs(everyone, timeout=POLL_SECONDS)
-    for one in everyone:
+    for process in everyone:
         with contextlib.suppress(psutil.NoSuchProcess):
-            one.kill()
-    for process in processes:
-        _signal_group(process.pid, signal.SIGKILL)
-        process.wait()
+            process.kill()
+    for pid in pids:
+        _signal_group(pid, signal.SIGKILL)
+    psutil.wait_procs(everyone)
 
 
 def _signal_group(group: int, signum: int) -> None:

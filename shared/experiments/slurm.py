@@ -55,7 +55,7 @@ class StagesOnNode:
         from submitit.helpers import DelayedSubmission
 
         if self.process:
-            stop_processes([self.process])
+            stop_processes([self.process.pid])
         return DelayedSubmission(StagesOnNode(self.stages, self.environment, self.root))
 
 
@@ -104,7 +104,8 @@ def _watch(job: Job, handle: Any, display: Display) -> None:
     over = handle.done()
     stage = job.next_stage()  # asked after `done`, so that its last result is not missed
     if stage is None:
-        display.stage_over(job)
+        if job.state == RUNNING:
+            display.stage_over(job)
         job.state, job.stage = DONE, None
         display.job_over(job)
     elif over:

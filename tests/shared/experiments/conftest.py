@@ -275,6 +275,11 @@ def build(root: Path) -> Repo:
     return Repo(root)
 
 
+@pytest.fixture(scope="session")
+def build_repo():
+    return build
+
+
 @pytest.fixture
 def repo(tmp_path: Path) -> Repo:
     return build(tmp_path / "repo")
