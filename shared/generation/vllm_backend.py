@@ -68,17 +68,18 @@ class VLLMSampler:
         self._eos_ids = end_of_sequence_ids(_generation_config(model, config), self.tokenizer)
         self._process, self._connection = _start_worker(on_gpu)
         self._stop = weakref.finalize(self, _stop_worker, self._process, self._connection)
-        self._context = self._ask(
-            {
-                "model": str(model),
-                "tokenizer": str(tokenizer or model),
-                "dtype": dtype or ("auto" if on_gpu else "float32"),
-                "max_model_len": max_model_len or context_length(config),
-                "enforce_eager": not on_gpu,
-                "use_tqdm_on_load": False,
-                **engine_options,
-            }
-        )
+        options = {
+            "model": str(model),
+            "tokenizer": str(tokenizer or model),
+            "dtype": dtype or ("auto" if on_gpu else "float32"),
+            "max_model_len": max_model_len or context_length(config),
+            "use_tqdm_on_load": False,
+        }
+        if not on_gpu:
+            options["enforce_eager"] = True
+            # vLLM rewinds the random generator of a request whose prompt it splits, which torch can't do on a CPU.
+            options["enable_chunked_prefill"] = False
+        self._context = self._ask(options | engine_options)
 
     def sample(
         self, prompts: Sequence[Prompt], n: int = 1, params: SamplingParams = DEFAULT_PARAMS

@@ -1,5 +1,6 @@
 """A tiny Llama checkpoint with a byte-level tokenizer, random but far from uniform."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,9 +13,15 @@ CHAT_TEMPLATE = (
 )
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def one_thread():
+    """Here and in the processes that tests start: models as small as these are slower with more."""
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
@@ -86,3 +93,47 @@ def checkpoint(model, tokenizer, tmp_path_factory):
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
+
+
+@pytest.fixture(scope="session")
+def prompts():
+    """Texts of 1 to 16 tokens."""
+    return ["a", "abcd ef", "gh. é", "bad cab", "feed", "hhh hh h", "c", "e.e.e.e.e.e.e.e."]
+
+
+@pytest.fixture(scope="session")
+def next_distribution():
+    """next_distribution(model, ids, temperature=1.0, top_k=0, top_p=1.0): what to sample from after `ids`, by its
+    definition, in float64; shape (vocab,)."""
+
+    def distribution(model, ids, temperature=1.0, top_k=0, top_p=1.0):
+        with torch.no_grad():
+            logits = model(torch.tensor([ids])).logits[0, -1].double()
+        p = torch.softmax(logits / temperature, -1).numpy()
+        order = np.argsort(-p)
+        if top_k:
+            p[order[top_k:]] = 0
+            p /= p.sum()
+        keep = 1 + int(np.sum(np.cumsum(p[order]) < top_p))
+        p[order[keep:]] = 0
+        return p / p.sum()
+
+    return distribution
+
+
+@pytest.fixture(scope="session")
+def check_frequencies():
+    """check_frequencies(tokens, p): tokens were drawn from p, by a chi-square test at 1e-3; none where p is 0."""
+    from scipy.stats import chisquare
+
+    def check(tokens, p):
+        counts = np.bincount(tokens, minlength=len(p))
+        assert counts[p == 0].sum() == 0
+        expected = p * counts.sum()
+        common = expected >= 5  # the others share one bin, as the chi-square test wants
+        assert common.sum() > 1
+        counts = np.append(counts[common], counts[~common].sum())
+        expected = np.append(expected[common], expected[~common].sum())
+        assert chisquare(counts[expected > 0], expected[expected > 0]).pvalue > 1e-3
+
+    return check
