@@ -43,6 +43,7 @@ def publish(paper: Paper, scale: str) -> Path:
     last = read_results(runs / "results.json")
     pngs = _figures(paper, scale)
     objections = [
+        *(f"{run['arm']} seed {run['seed']}: {run['reason']}" for run in last["missing"]),
         *_unfinished(paper, scale, arms, seeds),
         *(f"{png}: no such figure" for png in pngs if not png.is_file()),
         *(

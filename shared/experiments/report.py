@@ -82,6 +82,7 @@ def embedded(png: Path) -> str:
 def _context(paper: Paper, results: dict, figures: Path) -> dict[str, Any]:
     arms = results["arms"].values()
     drawn = [f for f in results["figures"] if (figures / f"{f['file']}.png").is_file()]
+    undrawn = [f["file"] for f in results["figures"] if f not in drawn]
     return {
         "paper": paper,
         "results": results,
@@ -89,6 +90,7 @@ def _context(paper: Paper, results: dict, figures: Path) -> dict[str, Any]:
         "metrics": list(dict.fromkeys(metric for arm in arms for metric in arm["metrics"])),
         "costs": {name: _costs(arm["runs"].values()) for name, arm in results["arms"].items()},
         "figures": [{**f, "source": embedded(figures / f"{f['file']}.png")} for f in drawn],
+        "undrawn": ", ".join(undrawn),
         "facts": _facts(results),
     }
 

@@ -115,6 +115,12 @@ def test_what_cannot_be_made_again_is_not_published(toy_repo):
     assert "fast seed 1, eval: not done" in refused()
     (toy_repo.root / "eval.json").rename(toy_repo.run_dir("fast", 1) / "eval.json")
 
+    path = toy_repo.root / "runs/toy/tiny/results.json"
+    good = path.read_text()
+    path.write_text(good.replace('"missing": []', '"missing": [{"arm": "fast", "seed": 2, "reason": "killed"}]'))
+    assert "fast seed 2: killed" in refused()
+    path.write_text(good)
+
     figure = toy_repo.root / "runs/toy/tiny/figures/loss.png"
     figure.write_bytes(b"0" * 300_000)
     assert "loss.png: 300 kB, above 300 kB" in refused()

@@ -68,6 +68,7 @@ def test_the_page_says_what_was_claimed_found_and_concluded(report):
         "needs <the> GPU",
         "Accuracy by arm",
         "(the paper's Figure 3)",
+        "Not drawn: curves",
         "3 min 12 s",
         "300 MiB",
         "torch 2.13.0",
