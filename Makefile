@@ -31,10 +31,10 @@ help:  ## this text
 	@echo "  SCALE=tiny    smoke | tiny (2 CPU cores) | gpu (one GPU) | paper (the paper's own models and data)"
 	@echo "  ARMS=a,b      only these arms (shell patterns work: 'coconut*'); default: all"
 	@echo "  SEEDS=0,1,2   only these seeds; default: the paper's list for the scale"
-	@echo "  JOBS=n        runs at a time; default: one per GPU, else one per core"
+	@echo "  JOBS=n        runs at a time on this machine; default: one per GPU, else one per core"
 	@echo "  FORCE=1       run again what is already done"
-	@echo "  LAUNCH=local  local | slurm (through submitit)"
-	@echo "  SET='a=1 b=2' override config keys of every arm"
+	@echo "  LAUNCH=local  local | slurm (one SLURM job per run, through submitit)"
+	@echo "  SET='a=1 b=2' override config keys of every arm; run.KEY=...: those of the scale's run section"
 
 # ---- environment ------------------------------------------------------------------------------------------------
 # The stamp makes every target build the environment first, and only once.

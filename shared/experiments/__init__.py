@@ -5,6 +5,6 @@ Light by design: nothing here imports torch before a stage really runs, so `make
 
 from shared.experiments.config import capped, load_config
 from shared.experiments.errors import UserError
-from shared.experiments.run import Run, stage_main
+from shared.experiments.run import Run, finished_runs, plot_main, stage_main
 
-__all__ = ["Run", "UserError", "capped", "load_config", "stage_main"]
+__all__ = ["Run", "UserError", "capped", "finished_runs", "load_config", "plot_main", "stage_main"]

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from shared.experiments.errors import UserError
 from shared.experiments.paper import ROOT
 
 # Libraries whose version can change a trained number.
@@ -57,7 +58,10 @@ def code_files(script: Path, root: Path = ROOT) -> list[Path]:
 @functools.cache
 def _references(path: Path, root: Path, mtime: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The modules that `path` imports, and its string literals that look like a data file's name."""
-    tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+    except SyntaxError as error:
+        raise UserError(f"{path}:{error.lineno}: {error.msg}") from error
     package = ".".join(path.relative_to(root).parent.parts)
     strings = (n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str))
     names = {
@@ -87,13 +91,13 @@ def _meaning(path: Path, mtime: int) -> str:
 
 
 def _named_paths(config: Any, root: Path) -> Iterator[Path]:
-    """Files and directories that a value of the config names; only values with a slash can."""
+    """Files and directories that a value of the config names; only values with a slash between names can."""
     if isinstance(config, Mapping):
         config = list(config.values())
     if isinstance(config, list | tuple):
         for value in config:
             yield from _named_paths(value, root)
-    elif isinstance(config, str | Path) and "/" in str(config) and (path := root / config).exists():
+    elif isinstance(config, str | Path) and "/" in str(config).strip("/.") and (path := root / config).exists():
         yield path
 
 

@@ -306,7 +306,7 @@ def _print_failures(jobs: Sequence[Job], console: Console) -> None:
     for job in jobs:
         if job.error:
             where = f" ({job.stage.out})" if job.stage else ""
-            console.print(f"[bold red]failed:[/] {job.label}: {job.error}{where}")
+            console.print(f"failed: {job.label}: {job.error}{where}", style="bold red", markup=False)
 
 
 def _shown(path: Path, root: Path) -> Path:
@@ -343,8 +343,11 @@ def smoke(args: argparse.Namespace, root: Path, console: Console) -> int:
         try:
             status = reproduce(read_request(asked, root), console)
         except UserError as error:
-            console.print(f"[bold red]error:[/] {error}")
+            console.print(f"error: {error}", style="bold red", markup=False)
             status = EXIT_USER_ERROR
+        except Exception:  # a broken paper must not hide the state of the others
+            console.print_exception()
+            status = 1
         failures += status != 0
         table.add_row(name, "FAIL" if status else "pass", duration(time.monotonic() - begun))
     console.print(table)

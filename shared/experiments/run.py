@@ -20,6 +20,7 @@ import dataclasses
 import errno
 import json
 import math
+import numbers
 import os
 import platform
 import random
@@ -322,10 +323,11 @@ def _write_config(directory: Path, config: Any) -> None:
 
 
 def _checked(metrics: dict[str, float], stage: str) -> dict[str, float]:
+    """The metrics as plain numbers."""
     for name, value in metrics.items():
-        if not isinstance(value, int | float) or not math.isfinite(value):
-            raise UserError(f"{stage}: metric {name!r} is {value!r}, not a finite number: did training diverge?")
-    return metrics
+        if not isinstance(value, numbers.Real) or not math.isfinite(value):
+            raise UserError(f"{stage}: metric {name!r} is {value!r}, expected a finite number")
+    return {name: value if isinstance(value, int) else float(value) for name, value in metrics.items()}
 
 
 def _device() -> str:

@@ -208,8 +208,7 @@ if __name__ == "__main__":
 PLOT = """\
 from pathlib import Path
 
-from shared.experiments import files
-from shared.experiments.run import finished_runs, plot_main
+from shared.experiments import files, finished_runs, plot_main
 
 
 def draw(runs: Path, out: Path) -> None:

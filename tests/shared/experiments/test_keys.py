@@ -3,6 +3,7 @@ import shutil
 
 import pytest
 
+from shared.experiments.errors import UserError
 from shared.experiments.keys import code_files, stage_key
 
 
@@ -108,3 +109,14 @@ def test_files_and_directories_that_the_config_names_count(repo, key):
     assert changed != before
     edit(directory / "more", "2")
     assert key(config) != changed
+
+
+def test_a_value_of_slashes_and_dots_is_no_path(key, monkeypatch):
+    monkeypatch.setattr("shared.experiments.keys._fingerprint", None)
+    assert key({"separator": "/", "here": "./", "up": "../.."}) == key({"separator": "/", "here": "./", "up": "../.."})
+
+
+def test_code_that_does_not_parse_is_named(repo, key):
+    edit(repo.toy / "method.py", "x = 1\ndef (:\n")
+    with pytest.raises(UserError, match=r"papers/toy/method\.py:2: "):
+        key()

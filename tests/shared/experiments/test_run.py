@@ -124,14 +124,14 @@ def test_only_rank_0_writes(run, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, "0.5", None])
 def test_a_metric_that_is_no_number_is_an_error(run, tmp_path, value):
-    with pytest.raises(UserError, match=r"train: metric 'loss' is .* not a finite number"):
+    with pytest.raises(UserError, match=r"train: metric 'loss' is .*, expected a finite number"):
         run.finish({"loss": value}, Config())
     assert not list(tmp_path.iterdir())
 
 
 def test_the_record_says_what_was_done(run, tmp_path):
     run.save_state({})
-    run.finish({"loss": np.float64(0.5), "n": 3}, Config())
+    run.finish({"loss": np.float32(0.5), "n": 3}, Config())
     record = files.read_json(tmp_path / "train.json")
     assert record["metrics"] == {"loss": 0.5, "n": 3}
     assert record["config"] == {"steps": 1}
