@@ -93,11 +93,6 @@ class FindBlock:
     def _query_length(self) -> int:
         return 1 + self.query_size + self.answer_size
 
-    @property
-    def chance_error(self) -> float:
-        """Error of answering from a random block (of a context of n_blocks), for `first` and `last`."""
-        return 1 - 1 / self.n_blocks
-
     def batch(self, size: int, rng: np.random.Generator) -> FindBlockBatch:
         """Draws `size` contexts with their queries."""
         blocks_BKN, n_blocks_B, target_BQ, query_BQL = self._draw(size, rng)
@@ -181,8 +176,7 @@ def _repeated(blocks_BKN: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class FindBlockBatch:
-    """Tokens (B, T), labels (B, T; loss on answers and <eos> only), and which query each answer token answers, else
-    -1."""
+    """Tokens, labels (IGNORED but for answers and <eos>) and of each answer letter its query, else -1; all (B, T)."""
 
     input_ids: torch.Tensor
     labels: torch.Tensor

@@ -1,12 +1,12 @@
 """How the models of this paper are measured on text: perplexity, needles in a haystack, BabiLong.
 
-The two retrieval tasks ask through a plain function from prompts to completions, e.g. `greedy(model, tokenizer)`.
+The two retrieval tasks ask through a `shared.generation` sampler, whatever runs the model.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,8 +14,7 @@ import torch
 
 from papers.mta.data import IGNORED
 from shared.experiments import UserError
-
-Generate = Callable[[list[str]], list[str]]
+from shared.generation import Sampler, SamplingParams
 
 
 # ---- perplexity -----------------------------------------------------------------------------------------------------
@@ -43,26 +42,9 @@ def sequence_nll(model, input_ids: torch.Tensor, labels: torch.Tensor | None = N
     return torch.cat(nll), torch.cat(tokens)
 
 
-def greedy(model, tokenizer, max_new_tokens: int, batch_size: int = 8) -> Generate:
-    """Completes prompts by the likeliest token, batches padded on the left."""
-
-    @torch.no_grad()
-    def generate(prompts: list[str]) -> list[str]:
-        model.eval()
-        outputs = []
-        for i in range(0, len(prompts), batch_size):
-            batch = tokenizer(prompts[i : i + batch_size], return_tensors="pt", padding=True, padding_side="left")
-            ids, mask = batch["input_ids"].to(model.device), batch["attention_mask"].to(model.device)
-            outputs += model.generate(
-                ids,
-                attention_mask=mask,
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                pad_token_id=tokenizer.pad_token_id,
-            )[:, ids.shape[1] :]
-        return tokenizer.batch_decode(outputs, skip_special_tokens=True)
-
-    return generate
+def _greedy(sampler: Sampler, prompts: list[str], max_new_tokens: int) -> list[str]:
+    params = SamplingParams(max_new_tokens=max_new_tokens, temperature=0.0, stop=("\n",))
+    return [completion.text for (completion,) in sampler.sample(prompts, params=params)]
 
 
 # ---- needles --------------------------------------------------------------------------------------------------------
@@ -143,10 +125,11 @@ def _hide(text: str, needles: Sequence[str], depths: Sequence[float]) -> str:
     return text
 
 
-def evaluate_needles(generate: Generate, examples: Sequence[NeedleExample]) -> list[dict]:
+def evaluate_needles(sampler: Sampler, examples: Sequence[NeedleExample], max_new_tokens: int = 16) -> list[dict]:
     """One row per example: prompt, output, answer, n_needles, depth and `correct`: the first number is the answer."""
     rows = []
-    for example, output in zip(examples, generate([e.prompt for e in examples]), strict=True):
+    outputs = _greedy(sampler, [e.prompt for e in examples], max_new_tokens)
+    for example, output in zip(examples, outputs, strict=True):
         number = re.search(r"\d+", output)
         rows.append(
             {
@@ -174,7 +157,9 @@ def babilong_prompt(row: dict, shots: Sequence[dict] = ()) -> str:
     return f"{solved}{row['input'].strip()}\nQuestion: {row['question'].strip()}\nAnswer:"
 
 
-def evaluate_babilong(generate: Generate, rows: Sequence[dict], shots: Sequence[dict] = ()) -> list[dict]:
+def evaluate_babilong(
+    sampler: Sampler, rows: Sequence[dict], shots: Sequence[dict] = (), max_new_tokens: int = 16
+) -> list[dict]:
     """One row per question: prompt, output, target and `correct`.
 
     Correct is an answer whose first sentence has the target, as a whole word, and no other target of these rows that
@@ -183,7 +168,7 @@ def evaluate_babilong(generate: Generate, rows: Sequence[dict], shots: Sequence[
     targets = {row["target"].strip().lower() for row in rows}
     prompts = [babilong_prompt(row, shots) for row in rows]
     results = []
-    for row, prompt, output in zip(rows, prompts, generate(prompts), strict=True):
+    for row, prompt, output in zip(rows, prompts, _greedy(sampler, prompts, max_new_tokens), strict=True):
         said = re.split(r"[.\n]", output.strip(), maxsplit=1)[0].lower()
         target, question = row["target"].strip().lower(), row["question"].lower()
         others = {other for other in targets - {target} if not _mentions(question, other)}

@@ -53,6 +53,8 @@ from shared.kernels import head_norm_gate, mta_attention
 class MTAConfig(LlamaConfig):
     """Size and switches; the defaults are the paper's 880M MTA model.
 
+    Weights begin as in `MTAPreTrainedModel._init_weights`, whatever `initializer_range` says.
+
     Args (beyond `LlamaConfig`'s):
         intermediate_size: SwiGLU width; None: 8/3 of hidden_size rounded up to a multiple of 256, as in the paper.
         attention: which of the four mechanisms of the module's docstring. `diff` reads num_attention_heads and
@@ -300,13 +302,13 @@ class MTAAttention(LlamaAttention):
         segment_ids_BS: torch.Tensor | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Returns the layer's output (B, T, E), and with output_attentions=True the weights (B, H, T, S) of its
-        values."""
+        """Returns the layer's output (B, T, E) and, asked for output_attentions, its values' weights (B, H, T, S)."""
         B, T, _ = hidden_states.shape
         q_BHTD = self.q_proj(hidden_states).view(B, T, -1, self.head_dim).transpose(1, 2)
         k_BGSD = self.k_proj(hidden_states).view(B, T, -1, self.head_dim).transpose(1, 2)
         v_BGSD = self.project_values(hidden_states)
-        q_BHTD, k_BGSD = apply_rotary_pos_emb(q_BHTD, k_BGSD, *position_embeddings)
+        rotated = apply_rotary_pos_emb(q_BHTD, k_BGSD, *position_embeddings)
+        q_BHTD, k_BGSD = (x.to(v_BGSD.dtype) for x in rotated)  # under autocast the rotation is in float32
         if past_key_values is not None:
             k_BGSD, v_BGSD = past_key_values.update(k_BGSD, v_BGSD, self.layer_idx)
             q_BHTD = past_key_values.layers[self.layer_idx].extend_queries(q_BHTD)
@@ -604,6 +606,8 @@ class MTAForCausalLM(MTAPreTrainedModel, GenerationMixin):
             )
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = MTACache(self.config)
+            if generation_config.is_assistant:
+                model_kwargs["past_key_values"].activate_past_recording()
 
     @classmethod
     def from_llama(cls, source: PreTrainedModel | str, head_norm: str = "none", **switches) -> "MTAForCausalLM":
@@ -620,14 +624,15 @@ class MTAForCausalLM(MTAPreTrainedModel, GenerationMixin):
         if not plain:
             kind = getattr(source.config, "attention", source.config.model_type)
             raise ValueError(f"from_llama needs a Llama or an MTAConfig with attention='transformer', not {kind!r}")
-        ours = {"attention": "mta", "kq_layers": None, "head_group_size": None, "eval_dropout": False}
+        fresh = {"attention": "mta", "kq_layers": None, "head_group_size": None, "eval_dropout": False}
         inherited = {k: v for k, v in source.config.to_dict().items() if k not in ("architectures", "model_type")}
-        config = MTAConfig(**{**inherited, **ours, "head_norm": head_norm, **switches})
+        config = MTAConfig(**{**inherited, **fresh, "head_norm": head_norm, **switches})
         with initialization.no_init_weights():
             model = cls(config)
         weights = {name: tensor.detach().clone() for name, tensor in source.state_dict().items()}
         missing, unexpected = model.load_state_dict(weights, strict=False, assign=True)
-        added = {name for name in missing if "self_attn." in name}
+        ours = ("norm_weight", "gate_weight", "gate_bias")
+        added = {name for name in missing if ".kernels." in name or name.endswith(ours)}
         if unexpected or set(missing) - added:
             raise ValueError(f"not a Llama's weights: unexpected {unexpected}, missing {sorted(set(missing) - added)}")
         for layer in model.model.layers:

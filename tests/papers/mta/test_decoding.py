@@ -99,12 +99,15 @@ def test_beam_search_reorders_the_whole_cache(undecided, changes, monkeypatch):
 @pytest.mark.parametrize("changes", [{"attention": "mta"}, {"attention": "diff"}], ids=name)
 @torch.no_grad()
 def test_assisted_decoding_takes_guesses_back(undecided, changes):
-    """Prompt lookup guesses tokens, most of them wrong here, and crops the cache."""
+    """Prompt lookup and another model guess tokens, most of them wrong here; the cache is cropped."""
     model = undecided(**changes)
     prompt = torch.tensor([[0, 0, 5, 6, 7, 8, 5, 6, 9, 5, 6, 7, 5, 6]])
     options = {"attention_mask": (prompt != 0).long(), "max_new_tokens": 12, "do_sample": False}
-    guessed = model.generate(prompt, prompt_lookup_num_tokens=3, **options)
-    assert torch.equal(guessed, model.generate(prompt, use_cache=False, **options))
+    expected = model.generate(prompt, use_cache=False, **options)
+    assert torch.equal(model.generate(prompt, prompt_lookup_num_tokens=3, **options), expected)
+    assert torch.equal(
+        model.generate(prompt, assistant_model=undecided(num_hidden_layers=1, kq_layers=[0]), **options), expected
+    )
 
 
 @torch.no_grad()

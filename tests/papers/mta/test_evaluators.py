@@ -26,19 +26,17 @@ def test_nll_is_the_sum_over_the_tokens_that_count(tiny_model):
     assert counted.tolist() == [8] * 5
 
 
-def test_greedy_completes_each_prompt_by_itself(tiny_model):
-    from papers.mta.data import letter_tokenizer
-    from papers.mta.evaluators import greedy
+class Answering:
+    """A sampler that answers by a function from prompts to texts."""
 
-    model = tiny_model(vocab_size=32, tie_word_embeddings=False)
-    model.generation_config.eos_token_id = None
-    tokenizer = letter_tokenizer()
-    prompts = ["abc.def#a", "xy", "mnopq"]
-    outputs = greedy(model, tokenizer, max_new_tokens=6, batch_size=2)(prompts)
-    for prompt, output in zip(prompts, outputs, strict=True):
-        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
-        alone = model.generate(ids, max_new_tokens=6, do_sample=False, use_cache=False)[0, ids.shape[1] :]
-        assert output == tokenizer.decode(alone, skip_special_tokens=True)
+    def __init__(self, answer):
+        self.answer = answer
+
+    def sample(self, prompts, n=1, params=None):
+        from shared.generation import Completion
+
+        assert params.temperature == 0
+        return [[Completion(text, [], None, "stop")] for text in self.answer(prompts)]
 
 
 # ---- needles ---------------------------------------------------------------------------------------------------------
@@ -89,11 +87,11 @@ def test_needle_scores_separate_readers_from_guessers(tokenizer):
     rng = np.random.default_rng(0)
     examples = [needle_example(HAYSTACK, tokenizer, 600, 4, depth, rng) for depth in (0, 0.25, 0.5, 0.75, 1)]
     assert len({e.answer for e in examples}) == 5
-    rows = evaluate_needles(find_number, examples)
+    rows = evaluate_needles(Answering(find_number), examples)
     assert all(row["correct"] for row in rows)
     assert [row["depth"] for row in rows] == [0, 0.25, 0.5, 0.75, 1]
     wrong = [" 1", "", f" {examples[2].answer}0", f" 7, or {examples[3].answer}", " unknown"]
-    assert not any(row["correct"] for row in evaluate_needles(lambda prompts: wrong, examples))
+    assert not any(row["correct"] for row in evaluate_needles(Answering(lambda prompts: wrong), examples))
 
 
 def test_haystacks_and_contexts_of_the_wrong_size_are_refused(tokenizer):
@@ -125,7 +123,7 @@ ROWS = [
 def test_babilong_answers_name_the_target_and_nothing_else(outputs, correct):
     from papers.mta.evaluators import evaluate_babilong
 
-    rows = evaluate_babilong(lambda prompts: outputs, ROWS)
+    rows = evaluate_babilong(Answering(lambda prompts: outputs), ROWS)
     assert [row["correct"] for row in rows] == correct
 
 
@@ -140,3 +138,19 @@ def test_babilong_prompts_hold_text_question_and_solved_examples():
     assert asked.endswith("Answer:")
     with pytest.raises(UserError, match="target"):
         babilong_prompt({"input": "x", "question": "y", "answer": "z"})
+
+
+def test_retrieval_of_a_real_model(tiny_model):
+    """An untrained model says anything; the whole path runs, prompts of several lengths in one batch."""
+    from papers.mta.data import letter_tokenizer
+    from papers.mta.evaluators import evaluate_babilong
+    from shared.generation.transformers_backend import TransformersSampler
+
+    model = tiny_model(vocab_size=32, tie_word_embeddings=False)
+    sampler = TransformersSampler(model, letter_tokenizer())
+    rows = evaluate_babilong(sampler, ROWS, max_new_tokens=5)
+    for row in rows:
+        ids = letter_tokenizer()(row["prompt"], return_tensors="pt")["input_ids"]
+        alone = model.generate(ids, max_new_tokens=5, do_sample=False, use_cache=False)[0, ids.shape[1] :]
+        assert row["output"] == letter_tokenizer().decode(alone, skip_special_tokens=True)
+    assert len({row["output"] for row in rows}) == 3

@@ -309,6 +309,36 @@ def test_every_parameter_learns(tiny_config, changes):
     assert not still
 
 
+@pytest.mark.parametrize("changes", KINDS, ids=name)
+def test_trains_under_autocast(tiny_config, changes):
+    from papers.mta.model import MTAForCausalLM
+
+    model = MTAForCausalLM(tiny_config(**changes)).train()
+    x = tokens(2, 12)
+    exact = model(x, labels=x).loss
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rough = model(x, labels=x).loss
+    rough.backward()
+    torch.testing.assert_close(rough, exact, rtol=0.02, atol=0)
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("changes", KINDS, ids=name)
+def test_gradient_checkpointing_changes_no_gradient(tiny_config, changes):
+    from papers.mta.model import MTAForCausalLM
+
+    model = MTAForCausalLM(tiny_config(**changes)).train()
+    x = torch.cat([torch.nn.functional.pad(tokens(1, 8), (4, 0)), tokens(1, 12)])
+    gradients = []
+    for enable in (model.gradient_checkpointing_disable, model.gradient_checkpointing_enable):
+        enable()
+        model.zero_grad()
+        model(x, attention_mask=(x != 0).long(), labels=x).loss.backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    for plain, checkpointed in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, checkpointed)
+
+
 # ---- dropout ---------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("changes", KINDS, ids=name)
 @torch.no_grad()
@@ -437,3 +467,12 @@ def test_retrofit_of_anything_else_is_refused(tiny_model):
 
     with pytest.raises(ValueError, match="not 'diff'"):
         MTAForCausalLM.from_llama(tiny_model(attention="diff"))
+
+
+def test_incomplete_llamas_are_refused(llama):
+    from papers.mta.model import MTAForCausalLM
+
+    source = llama()
+    del source.model.layers[1].self_attn.q_proj
+    with pytest.raises(ValueError, match=r"layers\.1\.self_attn\.q_proj\.weight"):
+        MTAForCausalLM.from_llama(source)
