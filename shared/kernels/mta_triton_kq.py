@@ -1,0 +1,399 @@
+"""Multi-Token Attention with key-query kernels and no head mixing, in linear memory (Triton).
+
+Far from the diagonal the convolution factorises over the lags (see `shared.kernels.mta_band`), and attention is flash
+attention with c_q products for each tile of logits: expanded keys (S, c_q, D) before the softmax, expanded values
+(S, c_q, D) after it. The few keys next to the diagonal are computed exactly as a band. Both share one softmax: the
+band's log-sum-exp enters each row of the far part as the start of its running sum.
+
+Two kernels do the work that is quadratic in T:
+- forward: running softmax over tiles of far logits;
+- maps: the weights P, and in backward also dS, of a panel of the map, for the matrix library to multiply. A panel has a
+  fixed number of elements, so memory stays linear in T. Kernels that kept the c_q accumulators of dK or dQ on chip
+  would have to compute the logits twice or more. Nothing is summed by atomics: results are the same in every run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch.autograd.function import once_differentiable
+
+from shared.kernels.mta_band import (
+    add_lags,
+    band_apply,
+    band_dot,
+    convolve_band,
+    expand_lags,
+    near_keys,
+    same_segment,
+    shift_rows,
+)
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# Elements of a panel, over batch and heads.
+PANEL_ELEMENTS = 2**27
+
+
+@triton.jit
+def _logits(
+    q_ptr, k_ptr, seg_ptr, rows, cols, row_seg, T, S,
+    CQ: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    HAS_SEG: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """sum over a of q[row - a] · K_a[col], (BM, BN) fp32; queries of other segments and before the first are zero."""
+    d = tl.arange(0, BLOCK_D)
+    s = tl.zeros([BM, BN], dtype=tl.float32)
+    for a in range(CQ):
+        past = rows - a
+        exists = (past >= 0) & (rows < T)
+        if HAS_SEG:
+            exists &= tl.load(seg_ptr + past + (S - T), mask=exists, other=-1) == row_seg
+        q = tl.load(q_ptr + past[:, None] * D + d[None, :], mask=exists[:, None] & (d[None, :] < D), other=0.0)
+        k_mask = (cols[:, None] < S) & (d[None, :] < D)
+        k = tl.load(k_ptr + (cols[:, None] * CQ + a) * D + d[None, :], mask=k_mask, other=0.0)
+        s = tl.dot(q, tl.trans(k), s, input_precision=PRECISION)
+    return s
+
+
+@triton.jit
+def _forward_kernel(
+    Q, K, V, Sink, Seg, O, LSE, T, S, W, scale, H, K_HEADS, V_HEADS,
+    CQ: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    HAS_V: tl.constexpr, HAS_SEG: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One block of rows of one head: softmax over [sink, keys at least W before the row]; O only with HAS_V."""
+    row_block = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest first
+    bh = tl.program_id(1).to(tl.int64)
+    b, h = bh // H, bh % H
+    rows = row_block * BM + tl.arange(0, BM)
+    d = tl.arange(0, BLOCK_D)
+    q_ptr = Q + bh * T * D
+    k_ptr = K + (b * K_HEADS + h // (H // K_HEADS)) * S * CQ * D
+    v_ptr = V + (b * V_HEADS + h // (H // V_HEADS)) * S * D
+    seg_ptr = Seg + b * S
+    row_seg = rows
+    if HAS_SEG:
+        row_seg = tl.load(seg_ptr + rows + (S - T), mask=rows < T, other=-1)
+
+    m = tl.load(Sink + bh * T + rows, mask=rows < T, other=float("-inf")) * LOG2_E
+    l = tl.where(m == float("-inf"), 0.0, 1.0)
+    acc = tl.zeros([BM, BLOCK_D], dtype=tl.float32)
+    newest = tl.minimum(T, row_block * BM + BM) - 1 + S - T - W
+    for start in range(0, newest + 1, BN):
+        cols = start + tl.arange(0, BN)
+        if HAS_V:
+            # Asked for before the products of the logits, which hide the wait.
+            v_mask = (cols[:, None] < S) & (d[None, :] < D)
+            v = tl.load(v_ptr + cols[:, None] * D + d[None, :], mask=v_mask, other=0.0)
+        s = _logits(q_ptr, k_ptr, seg_ptr, rows, cols, row_seg, T, S, CQ, D, BLOCK_D, BM, BN, HAS_SEG, PRECISION)
+        visible = cols[None, :] <= rows[:, None] + (S - T - W)
+        if HAS_SEG:
+            col_seg = tl.load(seg_ptr + cols, mask=cols < S, other=-1)
+            visible &= (col_seg[None, :] == row_seg[:, None]) & (row_seg[:, None] >= 0)
+        s = tl.where(visible, s * (scale * LOG2_E), float("-inf"))
+        m_new = tl.maximum(m, tl.max(s, 1))
+        m_finite = tl.where(m_new == float("-inf"), 0.0, m_new)
+        p = tl.exp2(s - m_finite[:, None])
+        alpha = tl.exp2(m - m_finite)
+        l = l * alpha + tl.sum(p, 1)
+        if HAS_V:
+            acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
+        m = m_new
+
+    l_or_1 = tl.where(l == 0.0, 1.0, l)
+    lse = tl.where(l == 0.0, float("-inf"), (m + tl.log2(l_or_1)) / LOG2_E)
+    tl.store(LSE + bh * T + rows, lse, mask=rows < T)
+    if HAS_V:
+        o = (acc / l_or_1[:, None]).to(O.dtype.element_ty)
+        tl.store(O + bh * T * D + rows[:, None] * D + d[None, :], o, mask=(rows[:, None] < T) & (d[None, :] < D))
+
+
+@triton.jit
+def _maps_kernel(
+    Q, K, V, LSE, dO, Delta, Seg, P, dS, T, S, W, scale, row0, n_rows, col0, n_cols, width, H, K_HEADS, V_HEADS,
+    CQ: tl.constexpr, CV: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BACKWARD: tl.constexpr, HAS_SEG: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One tile of the panel of rows row0.. and columns col0..: P, and in backward dS; zero at keys that are not far.
+
+    V and dO have CV vectors of D for each key and query. Panels are (B, H, n_rows, width), width >= n_cols.
+    """
+    bh = tl.program_id(2).to(tl.int64)
+    b, h = bh // H, bh % H
+    panel_rows = tl.program_id(1) * BM + tl.arange(0, BM)
+    panel_cols = tl.program_id(0) * BN + tl.arange(0, BN)
+    rows, cols = row0 + panel_rows, col0 + panel_cols
+    out = bh * n_rows * width + panel_rows.to(tl.int64)[:, None] * width + panel_cols[None, :]
+    out_mask = (panel_rows[:, None] < n_rows) & (panel_cols[None, :] < n_cols)
+    newest = tl.minimum(T, row0 + tl.program_id(1) * BM + BM) - 1 + S - T - W
+    if col0 + tl.program_id(0) * BN > newest:
+        zero = tl.zeros([BM, BN], dtype=P.dtype.element_ty)
+        tl.store(P + out, zero, mask=out_mask)
+        if BACKWARD:
+            tl.store(dS + out, zero, mask=out_mask)
+    else:
+        seg_ptr = Seg + b * S
+        row_seg = rows
+        if HAS_SEG:
+            row_seg = tl.load(seg_ptr + rows + (S - T), mask=rows < T, other=-1)
+        q_ptr = Q + bh * T * D
+        k_ptr = K + (b * K_HEADS + h // (H // K_HEADS)) * S * CQ * D
+        s = _logits(q_ptr, k_ptr, seg_ptr, rows, cols, row_seg, T, S, CQ, D, BLOCK_D, BM, BN, HAS_SEG, PRECISION)
+        visible = (cols[None, :] <= rows[:, None] + (S - T - W)) & (rows[:, None] < T)
+        if HAS_SEG:
+            col_seg = tl.load(seg_ptr + cols, mask=cols < S, other=-1)
+            visible &= (col_seg[None, :] == row_seg[:, None]) & (row_seg[:, None] >= 0)
+        lse = tl.load(LSE + bh * T + rows, mask=rows < T, other=0.0)
+        p = tl.where(visible, tl.exp2(s * (scale * LOG2_E) - lse[:, None] * LOG2_E), 0.0)
+        tl.store(P + out, p.to(P.dtype.element_ty), mask=out_mask)
+        if BACKWARD:
+            d = tl.arange(0, BLOCK_D)
+            do_ptr = dO + bh * T * CV * D
+            v_ptr = V + (b * V_HEADS + h // (H // V_HEADS)) * S * CV * D
+            dp = tl.zeros([BM, BN], dtype=tl.float32)
+            for c in range(CV):
+                do_mask, v_mask = (rows[:, None] < T) & (d[None, :] < D), (cols[:, None] < S) & (d[None, :] < D)
+                do = tl.load(do_ptr + (rows[:, None] * CV + c) * D + d[None, :], mask=do_mask, other=0.0)
+                v = tl.load(v_ptr + (cols[:, None] * CV + c) * D + d[None, :], mask=v_mask, other=0.0)
+                dp = tl.dot(do, tl.trans(v), dp, input_precision=PRECISION)
+            delta = tl.load(Delta + bh * T + rows, mask=rows < T, other=0.0)
+            ds = p * (dp - delta[:, None]) * scale
+            tl.store(dS + out, ds.to(dS.dtype.element_ty), mask=out_mask)
+
+
+@triton.jit
+def _fold_lags_kernel(
+    G, dQ, Seg, T, S, row0, H,
+    CQ: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BM: tl.constexpr, HAS_SEG: tl.constexpr,
+):  # fmt: skip
+    """dQ[r] += sum over a of G[r + a, a], where G begins at row row0 and r + a is in r's segment."""
+    bh = tl.program_id(1).to(tl.int64)
+    first = tl.maximum(row0 - (CQ - 1), 0)
+    rows = first + tl.program_id(0) * BM + tl.arange(0, BM)
+    d = tl.arange(0, BLOCK_D)
+    mask = (rows[:, None] < T) & (d[None, :] < D)
+    dq_ptr = dQ + bh * T * D + rows[:, None] * D + d[None, :]
+    g_ptr = G + bh * (T - row0) * CQ * D
+    dq = tl.load(dq_ptr, mask=mask, other=0.0)
+    seg_ptr = Seg + bh // H * S + (S - T)
+    for a in tl.static_range(CQ):
+        later = rows + a
+        exists = (later >= row0) & (later < T)
+        if HAS_SEG:
+            row_seg = tl.load(seg_ptr + rows, mask=exists, other=-1)
+            exists &= tl.load(seg_ptr + later, mask=exists, other=-1) == row_seg
+        g = tl.load(g_ptr + ((later[:, None] - row0) * CQ + a) * D + d[None, :], mask=exists[:, None] & mask, other=0.0)
+        dq += g.to(tl.float32)
+    tl.store(dq_ptr, dq, mask=mask)
+
+
+def tiles(dtype: torch.dtype, block_d: int, device: torch.device) -> dict[str, int]:
+    """The largest tiles that fit on chip; fixed rather than timed at run time, as sums depend on their order.
+
+    The sizes spill no registers on sm_90, short of fp32 heads wider than 64 (a few hundred bytes).
+    """
+    size = dtype.itemsize
+    if size == 4:
+        choices = [(64, 64, 4, 2)] if block_d <= 64 else []
+        choices += [(64, 32, 4, 2), (32, 32, 4, 1)]
+    else:
+        choices = [(128, 128, 8, 3), (128, 128, 8, 2), (128, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 1)]
+    shared = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    # Each stage holds tiles of q and k; the values of the running tile come beside them.
+    bm, bn, warps, stages = next(
+        (c for c in choices if (c[3] * (c[0] + c[1]) + c[1]) * block_d * size <= shared), choices[-1]
+    )
+    return {"BM": bm, "BN": bn, "num_warps": warps, "num_stages": stages}
+
+
+def precision(dtype: torch.dtype) -> str:
+    """Of products in a kernel: fp32 by three tf32 products, unless the user lets torch use one."""
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
+
+
+@dataclass(frozen=True)
+class _Far:
+    """Launches the kernels for one call's tensors, in the shapes that `_FarAttention` takes."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    segment_BS: torch.Tensor | None
+    W: int
+    scale: float
+
+    def _constants(self) -> dict:
+        D = self.q.shape[-1]
+        block_d = max(16, triton.next_power_of_2(D))  # 16: the smallest product
+        return {
+            "CQ": self.k.shape[3],
+            "D": D,
+            "BLOCK_D": block_d,
+            "HAS_SEG": self.segment_BS is not None,
+            "PRECISION": precision(self.q.dtype),
+            **tiles(self.q.dtype, block_d, self.q.device),
+        }
+
+    @property
+    def _segments(self) -> torch.Tensor:
+        return self.q if self.segment_BS is None else self.segment_BS  # never read without segments
+
+    def columns_visible(self, row: int) -> int:
+        """Number of keys at least W before the row."""
+        return max(0, row + self.k.shape[2] - self.q.shape[2] - self.W + 1)
+
+    def forward(self, sink: torch.Tensor, o: torch.Tensor | None, lse: torch.Tensor) -> None:
+        """Fills lse, and o unless None."""
+        B, H, T, _ = self.q.shape
+        constants = self._constants()
+        _forward_kernel[(triton.cdiv(T, constants["BM"]), B * H)](
+            self.q, self.k, self.v, sink, self._segments, self.q if o is None else o, lse,
+            T, self.k.shape[2], self.W, self.scale, H, self.k.shape[1], self.v.shape[1],
+            HAS_V=o is not None, **constants,
+        )  # fmt: skip
+
+    def maps(self, lse, rows: tuple[int, int], cols: tuple[int, int], do=None, delta=None):
+        """P, and dS where do (B, H, T, CV, D) is given, for ranges of rows and columns: (B, H, rows, >= cols)."""
+        B, H, T, _ = self.q.shape
+        n_rows, n_cols = rows[1] - rows[0], cols[1] - cols[0]
+        width = -(-n_cols // 16) * 16  # the matrix library wants aligned rows
+        p = self.q.new_empty(B, H, n_rows, width)
+        ds = None if do is None else torch.empty_like(p)
+        constants = self._constants()
+        _maps_kernel[(triton.cdiv(n_cols, constants["BN"]), triton.cdiv(n_rows, constants["BM"]), B * H)](
+            self.q, self.k, self.v, lse, self.q if do is None else do, lse if do is None else delta, self._segments,
+            p, p if do is None else ds, T, self.k.shape[2], self.W, self.scale, rows[0], n_rows, cols[0], n_cols, width,
+            H, self.k.shape[1], self.v.shape[1], CV=self.v.shape[3], BACKWARD=do is not None, **constants,
+        )  # fmt: skip
+        return p, ds
+
+    def fold_lags(self, g: torch.Tensor, dq: torch.Tensor, row0: int) -> None:
+        """dq[r] += sum over a of g[r + a, a]; g (B, H, T - row0, CQ, D) begins at row0."""
+        B, H, T, D = self.q.shape
+        n_lags = self.k.shape[3]
+        n_rows = T - max(0, row0 - (n_lags - 1))
+        _fold_lags_kernel[(triton.cdiv(n_rows, 32), B * H)](
+            g, dq, self._segments, T, self.k.shape[2], row0, H,
+            CQ=n_lags, D=D, BLOCK_D=triton.next_power_of_2(D), BM=32, HAS_SEG=self.segment_BS is not None,
+        )  # fmt: skip
+
+
+def _multiply_panel(panel_BHRC: torch.Tensor, x_BGCD: torch.Tensor) -> torch.Tensor:
+    """panel @ x for each head, x's heads shared by H / G heads of the panel; columns beyond x's are left out."""
+    (B, H, R, C), (G, n_cols) = panel_BHRC.shape, x_BGCD.shape[1:3]
+    return (panel_BHRC.view(B, G, -1, C)[..., :n_cols] @ x_BGCD).view(B, H, R, -1)
+
+
+def _multiply_panel_transposed(panel_BHRC: torch.Tensor, x_BHRD: torch.Tensor, G: int, n_cols: int) -> torch.Tensor:
+    """panelᵀ @ x, summed over the heads that share one of G: (B, G, n_cols, D)."""
+    (B, _, _, C), D = panel_BHRC.shape, x_BHRD.shape[-1]
+    return panel_BHRC.view(B, G, -1, C)[..., :n_cols].transpose(-1, -2) @ x_BHRD.reshape(B, G, -1, D)
+
+
+def _ranges(n: int, step: int) -> list[tuple[int, int]]:
+    step = max(128, step // 128 * 128)
+    return [(start, min(n, start + step)) for start in range(0, n, step)]
+
+
+class _FarAttention(torch.autograd.Function):
+    """Softmax attention over a sink logit of each row and the keys at least W positions before it.
+
+    q (B, H, T, D); k (B, KH, S, CQ, D), whose logits are the sum over a of q[i - a] · k[j, a]; v (B, VH, S, CV, D);
+    sink (B, H, T) fp32, -inf for none. Returns o (B, H, T, CV, D), in which the sink has no value, and the log-sum-exp
+    of each row with its sink (B, H, T), -inf in empty rows.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, sink, segment_BS, W, scale):
+        B, H, T, D = q.shape
+        CV = v.shape[3]
+        far = _Far(q, k, v, segment_BS, W, scale)
+        o, lse = q.new_empty(B, H, T, CV, D), q.new_empty(B, H, T, dtype=torch.float32)
+        far.forward(sink, o if CV == 1 else None, lse)
+        if CV > 1:
+            for rows in _ranges(T, PANEL_ELEMENTS // (B * H * k.shape[2])):
+                n_cols = far.columns_visible(rows[1] - 1)
+                if n_cols == 0:
+                    o[:, :, slice(*rows)] = 0
+                    continue
+                p, _ = far.maps(lse, rows, (0, n_cols))
+                o[:, :, slice(*rows)] = _multiply_panel(p, v[:, :, :n_cols].flatten(3)).unflatten(-1, (CV, D))
+        ctx.save_for_backward(q, k, v, sink, segment_BS, o, lse)
+        ctx.W, ctx.scale = W, scale
+        return o, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, do, dlse):
+        q, k, v, sink, segment_BS, o, lse = ctx.saved_tensors
+        far = _Far(q, k, v, segment_BS, ctx.W, ctx.scale)
+        (B, H, T, _), (KH, S, CQ), VH = q.shape, k.shape[1:4], v.shape[1]
+        do = do.contiguous()
+        delta = (do.float() * o.float()).sum((-1, -2)) - dlse
+        past_q = shift_rows(q, CQ, same_segment(segment_BS, T, CQ)).flatten(3)
+        dq = torch.zeros_like(q, dtype=torch.float32)
+        # Keys that are far from no query are in no panel.
+        dk, dv = torch.zeros_like(k), torch.zeros_like(v)
+        for cols in _ranges(far.columns_visible(T - 1), PANEL_ELEMENTS // (B * H * T)):
+            here, n_cols = slice(*cols), cols[1] - cols[0]
+            row0 = max(0, cols[0] + ctx.W - (S - T))
+            p, ds = far.maps(lse, (row0, T), cols, do, delta)
+            dv[:, :, here] = _multiply_panel_transposed(p, do[:, :, row0:].flatten(3), VH, n_cols).view_as(
+                dv[:, :, here]
+            )
+            del p
+            dk[:, :, here] = _multiply_panel_transposed(ds, past_q[:, :, row0:], KH, n_cols).view_as(dk[:, :, here])
+            g = _multiply_panel(ds, k[:, :, here].flatten(3))
+            if CQ == 1:
+                dq[:, :, row0:] += g
+            else:
+                far.fold_lags(g, dq, row0)
+        # An empty row has no sink either: -inf - -inf.
+        dsink = -delta * torch.exp(sink - lse.masked_fill(lse == -torch.inf, 0))
+        return dq.to(q.dtype), dk, dv, dsink, None, None, None
+
+
+def supports(q_BHTD, v_BGSD, head_pre, head_post, dropout_p) -> bool:
+    """Whether `mta_triton_kq` computes this combination."""
+    D = q_BHTD.shape[-1]
+    plain = head_pre is None and head_post is None and dropout_p == 0
+    return plain and D <= 128 and v_BGSD.shape[-1] == D and q_BHTD.dtype in DTYPES
+
+
+def mta_triton_kq(q_BHTD, k_BGSD, v_BGSD, *, kq_pre, kq_post, segment_ids, scale) -> torch.Tensor:
+    """See `shared.kernels.mta.mta_attention`; for what `supports` says."""
+    (_, H, T, _), (_, G, S, _) = q_BHTD.shape, k_BGSD.shape
+    q_BHTD, k_BGSD, v_BGSD = q_BHTD.contiguous(), k_BGSD.contiguous(), v_BGSD.contiguous()
+    k_BHSD, v_BHSD = k_BGSD.repeat_interleave(H // G, dim=1), v_BGSD.repeat_interleave(H // G, dim=1)
+    pre_lags, pre_reach = (kq_pre.shape[1], kq_pre.shape[2] // 2) if kq_pre is not None else (1, 0)
+    post_lags, post_reach = (kq_post.shape[1], kq_post.shape[2] // 2) if kq_post is not None else (1, 0)
+    W = max(1, pre_lags - 1 + pre_reach, post_reach)
+
+    # Logits of the W newest keys of each query.
+    near_B1Tn = near_keys(segment_ids, T, S, W + pre_reach, q_BHTD.device)
+    band_BHTn = (band_dot(q_BHTD, k_BHSD, W + pre_reach) * scale).masked_fill(~near_B1Tn, 0)
+    if kq_pre is not None:
+        band_BHTn = convolve_band(band_BHTn, kq_pre, W, same_segment(segment_ids, T, pre_lags))
+    band_BHTn = band_BHTn.masked_fill(~near_B1Tn[..., :W], -torch.inf)
+
+    expanded_k = k_BGSD.unsqueeze(3) if kq_pre is None else expand_lags(k_BGSD, kq_pre, segment_ids)
+    expanded_v = v_BGSD.unsqueeze(3) if kq_post is None else expand_lags(v_BGSD, kq_post.flip(2), segment_ids)
+    sink_BHT = band_BHTn.logsumexp(-1)
+    far_BHTAD, lse_BHT = _FarAttention.apply(q_BHTD, expanded_k, expanded_v, sink_BHT, segment_ids, W, scale)
+
+    # Rows of padding have no key at all.
+    band_BHTn = torch.exp(band_BHTn - lse_BHT.masked_fill(lse_BHT == -torch.inf, 0)[..., None])
+    if kq_post is None:
+        far_BHTD = far_BHTAD.squeeze(3)
+    else:
+        same_BTA = same_segment(segment_ids, T, post_lags)
+        far_BHTD = add_lags(far_BHTAD, same_BTA)
+        n_out = post_lags - 1 + W + post_reach
+        band_BHTn = convolve_band(band_BHTn, kq_post, n_out, same_BTA)
+        if segment_ids is not None:
+            band_BHTn = band_BHTn * near_keys(segment_ids, T, S, n_out, q_BHTD.device)
+    return (far_BHTD + band_apply(band_BHTn, v_BHSD)).to(q_BHTD.dtype)
