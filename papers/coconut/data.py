@@ -150,7 +150,7 @@ def word_tokenizer(rows: Iterable[dict], extra: Iterable[str] = ()) -> PreTraine
     return _word_level(words, split, decoder)
 
 
-def facts_tokenizer(n_names: int = 20) -> PreTrainedTokenizerFast:
+def facts_tokenizer(n_names: int = 13) -> PreTrainedTokenizerFast:
     """The tokenizer of balanced ProsQA as facts: nodes `n0`.., one token per possible edge `n3>n7`, and `?`."""
     from tokenizers import decoders, pre_tokenizers
 

@@ -16,7 +16,7 @@ def naive_hidden(base: PreTrainedModel, ids: list[int], latent_token_id: int) ->
         if token == latent_token_id:
             inputs_TD.append(_transformer(base, inputs_TD)[-1])
         else:
-            inputs_TD.append(base.get_input_embeddings()(torch.tensor(token)))
+            inputs_TD.append(base.get_input_embeddings()(torch.tensor(token, device=base.device)))
     return _transformer(base, inputs_TD)
 
 

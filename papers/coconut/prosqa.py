@@ -131,8 +131,8 @@ def balanced_rows(
     encoding: str = "facts",
     depth: int = 3,
     family_size: int = 6,
-    max_edges: int = 16,
-    n_names: int = 20,
+    n_edges: int = 14,
+    n_names: int = 13,
 ) -> list[dict]:
     """`n` rows about two families, each a small graph of its own root, that share one sink.
 
@@ -144,13 +144,13 @@ def balanced_rows(
         encoding: `text`, sentences as in ProsQA, or `facts`: the question is one word per edge, `n3>n7`, in random
             order, then `? root A B`; a step is the node it leads to, the answer the node A or B.
         family_size: nodes of a family with its root.
-        max_edges: of the whole graph, to bound the length of the question.
+        n_edges: of the whole graph; the same in all rows, so that all questions in facts are equally long.
         n_names: nodes of the facts encoding are named by a random choice of `n0` .. `n{n_names - 1}`.
 
     Raises:
         UserError: unknown split or encoding, or sizes that cannot hold such a graph.
     """
-    _check_sizes(encoding, depth, family_size, max_edges, n_names)
+    _check_sizes(encoding, depth, family_size, n_edges, n_names)
     make_row, draw_names = _text_row, _word_symbols
     if encoding == "facts":
         make_row, draw_names = _facts_row, partial(_node_symbols, n_names=n_names)
@@ -159,7 +159,7 @@ def balanced_rows(
     while len(rows) < n:
         families = [_family(family_size, depth, rng) for _ in range(2)]
         edges, leaves = _join(families, rng)
-        if len(edges) > max_edges:
+        if len(edges) != n_edges:
             continue
         symbols = _draw_symbols(edges, split, rng, draw_names)
         asked = rng.randrange(2)
@@ -167,7 +167,7 @@ def balanced_rows(
     return rows
 
 
-def _check_sizes(encoding: str, depth: int, family_size: int, max_edges: int, n_names: int) -> None:
+def _check_sizes(encoding: str, depth: int, family_size: int, n_edges: int, n_names: int) -> None:
     if encoding not in ("text", "facts"):
         raise UserError(f"balanced ProsQA: encoding must be text or facts, got {encoding!r}")
     if depth < 2 or family_size < depth + 2:
@@ -175,10 +175,12 @@ def _check_sizes(encoding: str, depth: int, family_size: int, max_edges: int, n_
             f"balanced ProsQA: a family needs depth >= 2 and depth + 2 nodes or more (a path of `depth` edges and a "
             f"second child of the root), got depth {depth} and family_size {family_size}"
         )
-    if max_edges < 2 * family_size:
+    # A family is a tree of family_size - 1 edges, and from its third node on one edge more for each second parent.
+    fewest, most = 2 * family_size, 2 * family_size + 2 * (family_size - 2)
+    if not fewest <= n_edges <= most:
         raise UserError(
-            f"balanced ProsQA: max_edges {max_edges} is less than the {2 * family_size} edges that two families of "
-            f"{family_size} and their sink have at least"
+            f"balanced ProsQA: two families of {family_size} nodes and their sink have {fewest} to {most} edges, "
+            f"n_edges is {n_edges}"
         )
     names = n_names if encoding == "facts" else len(CONCEPTS) + 2  # the roots are people
     if names < 2 * family_size + 1:

@@ -142,7 +142,7 @@ def test_asking_about_the_other_root_turns_the_answer_round(encoding):
         assert not nx.has_path(g, other, row["target"])
         shared = nx.descendants(g, row["root"]) & nx.descendants(g, other)
         assert len(shared) == 1  # the sink
-        assert g.number_of_edges() <= 16
+        assert g.number_of_edges() == 14
         assert len(row["steps"]) == 3
         asked.append(row["root"] == min(roots))
     assert stats.binomtest(sum(asked), len(asked)).pvalue > 1e-4
@@ -162,13 +162,14 @@ def test_balanced_facts(balanced):
         assert root == name[row["root"]]
         assert sorted(options) == sorted([name[row["target"]], name[row["neg_target"]]])
         assert Counter(facts) == Counter(f"{name[a]}>{name[b]}" for a, b in row["edges"])
-        assert set(name) <= {f"n{i}" for i in range(20)}
+        assert set(name) == {f"n{i}" for i in range(13)}
         path = [root, *row["steps"]]
         assert all(f"{a}>{b}" in facts for a, b in pairwise(path))
         assert row["answer"] == path[-1] == name[row["target"]]
         firsts.append(options[0] == row["answer"])
     assert stats.binomtest(sum(firsts), len(firsts)).pvalue > 1e-4
-    assert set().union(*(row["idx_to_symbol"] for row in balanced)) == {f"n{i}" for i in range(20)}
+    more = balanced_rows(100, "train", n_names=20)
+    assert set().union(*(row["idx_to_symbol"] for row in more)) == {f"n{i}" for i in range(20)}
     order = [row["question"].split().index(f"{row['idx_to_symbol'][0]}>{row['idx_to_symbol'][1]}") for row in balanced]
     assert len(set(order)) > 10  # the facts come in random order
 
@@ -231,7 +232,7 @@ def test_splits_share_no_graph(make):
 
 def test_the_split_depends_on_the_named_graph_alone():
     """Few graphs and names: the same ones come up again and again, yet never in two splits."""
-    small = {"depth": 2, "family_size": 4, "n_names": 9}
+    small = {"depth": 2, "family_size": 4, "n_names": 9, "n_edges": 9}
     keys = {split: graph_keys(balanced_rows(300, split, **small)) for split in SPLITS}
     assert not keys["train"] & keys["test"]
     assert not keys["dev"] & keys["test"]
@@ -250,10 +251,10 @@ def test_rows_are_deterministic(make):
 
 
 def test_larger_balanced_graphs():
-    for row in balanced_rows(20, "test", encoding="text", depth=5, family_size=11, max_edges=40):
+    for row in balanced_rows(20, "test", encoding="text", depth=5, family_size=11, n_edges=27):
         assert len(row["idx_to_symbol"]) == 23
         assert len(row["steps"]) == 5
-        assert len(row["edges"]) <= 40
+        assert len(row["edges"]) == 27
 
 
 @pytest.mark.parametrize(
@@ -262,9 +263,10 @@ def test_larger_balanced_graphs():
         ({"encoding": "words"}, "encoding must be text or facts, got 'words'"),
         ({"depth": 1}, "got depth 1 and family_size 6"),
         ({"depth": 5}, "got depth 5 and family_size 6"),
-        ({"max_edges": 11}, "max_edges 11 is less than the 12 edges"),
+        ({"n_edges": 11}, "have 12 to 20 edges, n_edges is 11"),
+        ({"n_edges": 21}, "have 12 to 20 edges, n_edges is 21"),
         ({"n_names": 12}, "12 names for 13 nodes; lower family_size or raise n_names"),
-        ({"encoding": "text", "family_size": 21, "max_edges": 60}, "42 names for 43 nodes; lower family_size"),
+        ({"encoding": "text", "family_size": 21, "n_edges": 60}, "42 names for 43 nodes; lower family_size"),
     ],
 )
 def test_impossible_balanced_sizes(sizes, message):
@@ -400,7 +402,7 @@ def test_facts_are_single_tokens_with_a_table(balanced):
         assert len(tokenizer.encode(text)) == len(text.split())
     table = fact_table(tokenizer)
     assert table.shape == (len(tokenizer), 2)
-    assert (table[:, 0] >= 0).sum() == 20 * 19
+    assert (table[:, 0] >= 0).sum() == 13 * 12
     for token, i in tokenizer.get_vocab().items():
         pair = re.fullmatch(r"(n\d+)>(n\d+)", token)
         expected = tokenizer.convert_tokens_to_ids(list(pair.groups())) if pair else [-1, -1]

@@ -133,7 +133,7 @@ def test_bfloat16_follows_the_definition(family):
     for b, (row, offset) in enumerate(zip(ROWS, OFFSETS, strict=True)):
         expected = naive_logits(model.base, row, LATENT).float()
         actual = output.logits[b, offset : offset + len(row)].float()
-        assert (actual - expected).abs().max() < 0.05 * expected.std() * 3
+        assert (actual - expected).abs().max() < 0.15 * expected.std()  # a wrong input moves them by about 1 std
     output.loss.backward()
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
@@ -509,6 +509,7 @@ def small(config_class, **overrides):
     [
         (lambda t: t.GPT2Model(make_base().config), r"GPT2Model: .*without an LM head"),
         (lambda t: torch.nn.Linear(2, 2), "got Linear"),
+        (lambda t: make_model(), "got CoconutForCausalLM.*does not take inputs_embeds"),
         (
             lambda t: t.T5ForConditionalGeneration(
                 t.T5Config(vocab_size=VOCAB, d_model=16, d_ff=24, num_layers=1, num_heads=2, d_kv=8)
@@ -517,15 +518,16 @@ def small(config_class, **overrides):
         ),
         (lambda t: t.BertLMHeadModel(small(t.BertConfig)), "depend on later tokens"),
         (lambda t: t.MambaForCausalLM(small(t.MambaConfig, state_size=4)), "does not take.*past_key_values"),
-        (lambda t: t.Gemma2ForCausalLM(small(t.Gemma2Config, final_logit_softcapping=0.1)), "soft-capping"),
+        (lambda t: t.Gemma2ForCausalLM(small(t.Gemma2Config, final_logit_softcapping=30.0)), "soft cap"),
     ],
-    ids=["no-head", "not-a-model", "encoder-decoder", "bidirectional", "recurrent", "softcap"],
+    ids=["no-head", "not-a-model", "wrapped-twice", "encoder-decoder", "bidirectional", "recurrent", "softcap"],
 )
 def test_base_that_is_not_a_decoder_only_language_model(make, message):
     import transformers
 
     from papers.coconut.model import CoconutForCausalLM
 
+    torch.manual_seed(0)
     with pytest.raises(ValueError, match=message):
         CoconutForCausalLM.from_base(make(transformers), latent_token_id=LATENT)
 
