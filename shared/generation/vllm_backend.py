@@ -7,14 +7,9 @@ if we are killed. The child ends when we do, however that happens.
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
-import os
-import subprocess
-import sys
 import weakref
 from collections.abc import Sequence
-from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +25,7 @@ from shared.generation.text import (
     end_of_sequence_ids,
     seeds_of_rows,
 )
+from shared.generation.vllm_worker import start_worker, stop_worker
 
 
 class VLLMSampler:
@@ -66,8 +62,8 @@ class VLLMSampler:
         self.tokenizer = AutoTokenizer.from_pretrained(tokenizer or model)
         self._vocab_size = config.get_text_config().vocab_size
         self._eos_ids = end_of_sequence_ids(_generation_config(model, config), self.tokenizer)
-        self._process, self._connection = _start_worker(on_gpu)
-        self._stop = weakref.finalize(self, _stop_worker, self._process, self._connection)
+        self._process, self._connection = start_worker(on_gpu)
+        self._stop = weakref.finalize(self, stop_worker, self._process, self._connection)
         options = {
             "model": str(model),
             "tokenizer": str(tokenizer or model),
@@ -145,37 +141,3 @@ def _generation_config(model: str | Path, config) -> GenerationConfig:
         return GenerationConfig.from_pretrained(model)
     except OSError:
         return GenerationConfig.from_model_config(config)
-
-
-def _start_worker(on_gpu: bool) -> tuple[subprocess.Popen, Connection]:
-    """The worker's process and our end of the connection to it."""
-    environment = {
-        "VLLM_NO_USAGE_STATS": "1",
-        # Errors come back as exceptions; the rest is a page of notes on every start.
-        "VLLM_LOGGING_LEVEL": "ERROR",
-        "TORCH_CPP_LOG_LEVEL": "ERROR",
-        "PYTHONWARNINGS": "ignore",
-    }
-    if not on_gpu:
-        # The sampler's compiled kernels need a C++ compiler and many seconds, and save nothing here.
-        environment |= {"VLLM_CPU_KVCACHE_SPACE": "1", "TORCHDYNAMO_DISABLE": "1"}
-    environment |= os.environ
-    environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine in the worker itself
-    ours, theirs = Pipe()
-    with contextlib.closing(theirs):
-        process = subprocess.Popen(
-            [sys.executable, "-m", "shared.generation.vllm_worker", str(theirs.fileno())],
-            pass_fds=[theirs.fileno()],
-            env=environment,
-            stdin=subprocess.DEVNULL,
-        )
-    return process, ours
-
-
-def _stop_worker(process: subprocess.Popen, connection: Connection) -> None:
-    connection.close()  # the worker ends by itself when it sees that
-    try:
-        process.wait(timeout=10)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()

@@ -165,8 +165,8 @@ def test_vllm_takes_no_loaded_model(model):
 
 def test_the_worker_ends_when_its_parent_is_killed():
     """The worker loads vLLM only with its first message, so this needs none."""
-    code = "from shared.generation.vllm_backend import _start_worker; import time\n"
-    code += "process, connection = _start_worker(on_gpu=False)\nprint(process.pid, flush=True)\ntime.sleep(600)"
+    code = "from shared.generation.vllm_worker import start_worker; import time\n"
+    code += "process, connection = start_worker(on_gpu=False)\nprint(process.pid, flush=True)\ntime.sleep(600)"
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as parent:
         worker = psutil.Process(int(parent.stdout.readline()))
         assert worker.is_running()
