@@ -151,12 +151,14 @@ class Display:
 
 
 def last_lines(path: Path, count: int = SHOWN_LINES) -> list[str]:
-    """The end of what a stage printed."""
+    """The end of what a stage printed; from its `error: ` line on, if there is one (launchers print more after it)."""
     if not path.is_file():
         return []
     with open(path, "rb") as file:
         file.seek(max(0, path.stat().st_size - 20_000))
-        return file.read().decode(errors="replace").splitlines()[-count:]
+        lines = file.read().decode(errors="replace").splitlines()
+    said = next((number for number, line in enumerate(lines) if line.startswith("error: ")), None)
+    return lines[-count:] if said is None else lines[said : said + count]
 
 
 def duration(seconds: float) -> str:

@@ -76,6 +76,7 @@ def reproduce(request: Request, console: Console) -> int:
     check_free(request, jobs)
     if request.force:
         forget(jobs)
+        (runs / "figures" / "plot.json").unlink(missing_ok=True)
     found_done = sum(stage.done() for job in jobs for stage in job.stages)
     launch(request, jobs, console)
     done = [job for job in jobs if job.state == DONE]
@@ -93,7 +94,7 @@ def reproduce(request: Request, console: Console) -> int:
         **provenance.git_state(paper.root),
         "versions": provenance.versions(),
         "hardware": provenance.hardware(),
-        "wall_seconds": round(time.monotonic() - begun, 1),
+        "wall_seconds": round(time.monotonic() - begun, 1),  # of this command, reused stages not included
         "stages": sum(len(job.stages) for job in jobs),
         "stages_reused": found_done,
         **_totals(done),

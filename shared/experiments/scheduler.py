@@ -23,7 +23,7 @@ GRACE_SECONDS = 10.0
 WAITING, QUEUED, RUNNING, DONE, FAILED = "waiting", "queued", "running", "done", "failed"
 
 
-class Interrupted(Exception):
+class Interrupted(BaseException):
     """The person or the system asked us to stop, and what runs here has stopped."""
 
     def __init__(self, signum: int, note: str = ""):

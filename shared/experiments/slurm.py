@@ -88,9 +88,9 @@ def run_on_slurm(
                     del submitted[index]
             display.tick()
             time.sleep(POLL_SECONDS)
-        if submitted:
+        if received:
             ids = " ".join(handle.job_id for handle in submitted.values())
-            raise Interrupted(received[0], f"the SLURM jobs go on; `scancel {ids}` ends them")
+            raise Interrupted(received[0], f"the SLURM jobs go on; `scancel {ids}` ends them" if ids else "")
 
 
 def active_jobs(jobs: Sequence[Job]) -> list[str]:
@@ -134,7 +134,7 @@ def _recorded(job: Job) -> Any | None:
     if record["cluster"] != "slurm":
         return None
     handle = submitit.SlurmJob(_folder(job), record["job_id"])
-    state = handle.get_info(mode="force").get("State", "UNKNOWN").split()[0]  # e.g. `CANCELLED by 1000`
+    state = (handle.get_info(mode="force").get("State") or "UNKNOWN").split()[0]  # e.g. `CANCELLED by 1000`
     young = state == "UNKNOWN" and time.time() - record["submitted"] < UNKNOWN_SECONDS
     return handle if state in ACTIVE or young else None
 

@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from shared.experiments import progress
-from shared.experiments.progress import Display, LogTail, duration
+from shared.experiments.progress import Display, LogTail, duration, last_lines
 from shared.experiments.scheduler import Job, Stage
 
 
@@ -120,6 +120,15 @@ def test_a_log_without_totals_or_with_rubbish_does_no_harm(tmp_path):
     Path(path).write_text('not json\n[1]\n{"stage": "eval"}\n')
     tail.read("train")
     assert tail.last is None
+
+
+def test_the_last_lines_begin_with_the_error_when_a_stage_says_one(tmp_path):
+    path = tmp_path / "train.out"
+    assert last_lines(path) == []
+    path.write_text("".join(f"line {i}\n" for i in range(10_000)))
+    assert last_lines(path, 2) == ["line 9998", "line 9999"]
+    path.write_text("warning\nerror: no data\nuse data=DIR\nlauncher: a child failed\n" + "more\n" * 50)
+    assert last_lines(path, 3) == ["error: no data", "use data=DIR", "launcher: a child failed"]
 
 
 @pytest.mark.parametrize(

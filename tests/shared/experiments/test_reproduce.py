@@ -201,6 +201,20 @@ def test_smoke_runs_every_paper_with_small_sizes_and_one_seed(repo):
     assert not repo.run_dir("fast", seed=1, scale="smoke").exists()
 
 
+def test_ctrl_c_stops_smoke_too(repo):
+    edit(repo.toy / "configs" / "tiny.yaml", "steps: 20", "steps: 20\npause: 1000")
+    process = repo.start("scripts/reproduce.py", "--smoke", ARMS="fast")
+    deadline = time.monotonic() + 100
+    while not (repo.run_dir("fast", scale="smoke") / "config.yaml").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "stopped (SIGINT)" in output
+    assert "Traceback" not in output
+
+
 # ---- mistakes -----------------------------------------------------------------------------------------------------
 
 
