@@ -12,7 +12,7 @@ pick is a tensor of the size of all embeddings, so that the backward pass is qua
 Token ids are random (they do not change the cost); lengths are those of ProsQA under GPT-2's tokenizer: prompts of
 150-250 tokens, about 10 tokens per reasoning step, 12 for the answer. The sides take turns; the table shows each one's
 fastest turn (the JSON file also the median) and the rise of resident memory at the peak of its first training step.
-All must give the same loss, gradients and tokens, or the script fails.
+All must give the same loss (that of papers/coconut/naive.py), gradients and tokens, or the script fails.
 """
 
 import argparse
@@ -154,6 +154,18 @@ def our_step(model, batch):
     return loss.detach()
 
 
+def naive_loss_of(model, batch):
+    import torch
+
+    from papers.coconut.naive import naive_loss
+
+    real = [mask.bool() for mask in batch["attention_mask"]]
+    rows = [ids[keep].tolist() for ids, keep in zip(batch["input_ids"], real, strict=True)]
+    labels = [targets[keep].tolist() for targets, keep in zip(batch["labels"], real, strict=True)]
+    with torch.no_grad():
+        return naive_loss(model.base, rows, labels, model.config.latent_token_id)
+
+
 def literal_generate(model, batch, new_tokens: int, rows: int):
     """Greedy decoding of each prompt alone, without a cache after the thoughts. Returns `[rows, new_tokens]`."""
     import torch
@@ -213,14 +225,16 @@ def _status_mib(key: str) -> float:
 
 
 def timed(function, device: str) -> float:
+    """Seconds of `function`. One CPU thread is timed by its own clock, which other processes do not slow down."""
     import torch
 
+    clock = time.process_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
     synchronize = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
     synchronize()
-    start = time.perf_counter()
+    start = clock()
     function()
     synchronize()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def run_task(task: Task, model, device: str, seconds: float, seed: int) -> dict:
@@ -243,6 +257,9 @@ def run_task(task: Task, model, device: str, seconds: float, seed: int) -> dict:
             "literal": torch.no_grad()(lambda: literal_generate(model, batch, task.text, rows)),
         }
     memory, expected = {}, None
+    if task.kind == "train":
+        torch.testing.assert_close(our_step(model, batch), naive_loss_of(model, batch), rtol=1e-4, atol=1e-4)
+        model.zero_grad()
     for side, function in sides.items():
         result, memory[side] = peak_memory(function, device)
         if task.kind == "train":
@@ -269,32 +286,30 @@ def run_task(task: Task, model, device: str, seconds: float, seed: int) -> dict:
     }
 
 
-def table(rows: list[dict]) -> str:
-    """The result as a Markdown table; a ratio is that of the minima, straightforward / ours."""
-    lines = [
-        "| model | task | rows x (prompt + thoughts + text) | ours | literal | ratio | literal, unbind | ratio | "
-        "peak MiB, in this order |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        task = row["task"]
-        shape = f"{task['batch']} x ({task['prompt'][0]}-{task['prompt'][1]} + {task['latents']} + {task['text']})"
-        per_example = {side: seconds / row["examples"][side] for side, seconds in row["seconds_min"].items()}
-        cells = [task["model"], task["name"], shape]
-        for side in ("ours", "literal", "literal, unbind"):
-            if side not in per_example:
-                cells += ["-", "-"]
-                continue
-            if task["kind"] == "train":
-                cells.append(f"{row['seconds_min'][side] * 1e3:.0f} ms")
-            else:
-                cells.append(f"{1 / per_example[side]:.3g} examples/s")
-            if side != "ours":
-                cells.append(f"{per_example[side] / per_example['ours']:.1f}x")
-        peaks = ["?" if mib is None else f"{mib:.0f}" for mib in row["peak_mib"].values()]
-        cells.append(" / ".join(peaks) if task["kind"] == "train" else "-")  # evaluation differs in batch size
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+COLUMNS = ["model", "task", "rows x (prompt + thoughts + text)", "ours", "literal", "ratio", "literal, unbind", "ratio"]
+COLUMNS += ["peak MiB of each"]
+HEADER = f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}"
+
+
+def table_line(row: dict) -> str:
+    """One line of the Markdown table; a ratio is that of the fastest turns, straightforward / ours."""
+    task = row["task"]
+    shape = f"{task['batch']} x ({task['prompt'][0]}-{task['prompt'][1]} + {task['latents']} + {task['text']})"
+    per_example = {side: seconds / row["examples"][side] for side, seconds in row["seconds_min"].items()}
+    cells = [task["model"], task["name"], shape]
+    for side in ("ours", "literal", "literal, unbind"):
+        if side not in per_example:
+            cells += ["-", "-"]
+            continue
+        if task["kind"] == "train":
+            cells.append(f"{row['seconds_min'][side] * 1e3:.0f} ms")
+        else:
+            cells.append(f"{1 / per_example[side]:.3g} examples/s")
+        if side != "ours":
+            cells.append(f"{per_example[side] / per_example['ours']:.1f}x")
+    peaks = ["?" if mib is None else f"{mib:.0f}" for mib in row["peak_mib"].values()]
+    cells.append(" / ".join(peaks) if task["kind"] == "train" else "-")  # evaluation differs in batch size
+    return f"| {' | '.join(cells)} |"
 
 
 def main() -> None:
@@ -315,6 +330,8 @@ def main() -> None:
     from shared.experiments.files import write_json
 
     torch.set_num_threads(args.threads)
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    print(f"{args.device}, {args.threads} threads, {versions}\n\n{HEADER}", flush=True)
     rows = []
     for task in TASKS:
         if args.model not in (None, task.model) or args.kind not in (None, task.kind):
@@ -322,12 +339,9 @@ def main() -> None:
         if args.batch:
             literal_rows = task.literal_rows and min(task.literal_rows, args.batch)
             task = replace(task, batch=args.batch, literal_rows=literal_rows)
-        rows.append(
-            run_task(task, make_model(task.model, args.device, args.seed), args.device, args.seconds, args.seed)
-        )
-        print(f"{task.model}: {task.name} done", flush=True)
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    print(f"\n{args.device}, {args.threads} threads, {versions}\n\n{table(rows)}")
+        model = make_model(task.model, args.device, args.seed)
+        rows.append(run_task(task, model, args.device, args.seconds, args.seed))
+        print(table_line(rows[-1]), flush=True)
     if args.out:
         write_json(args.out, {"args": vars(args) | {"out": str(args.out)}, "versions": versions, "rows": rows})
 
