@@ -42,10 +42,10 @@ def answer(
     indices = np.arange(len(batches.data)) if only is None else np.asarray(only)
     size = batch_size or config.eval_batch_size
     results: list[tuple[str, int]] = []
+    model.eval()
     for rows_B in _chunks(indices, size):
         prompt = _to(model, batches.prompts(rows_B, stage))
         width = prompt["input_ids"].shape[1]
-        _evaluating(model)
         output = model.generate(**prompt, max_new_tokens=config.max_new_tokens, do_sample=False)
         for ids in output[:, width:].tolist():
             ended = ids.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in ids else None
@@ -88,16 +88,16 @@ def name_probabilities(
         for node in frontier(row, n_edges_before(row, k))
     ]
     values = [np.zeros(len(row["idx_to_symbol"])) for row in rows]
+    model.eval()
     for some in _chunks(questions, config.eval_batch_size):
         prompt = _to(model, _with_continuations(batches, [(i, ids) for i, _, (ids, _) in some], k))
-        _evaluating(model)
         with torch.no_grad():
             logits_BTV = model(**prompt).logits
         width = prompt["input_ids"].shape[1]
         log_p_BTV = torch.log_softmax(logits_BTV.float(), dim=-1)
-        for b, (i, node, (ids, n_name)) in enumerate(some):
-            columns = torch.arange(width - n_name - 1, width - 1)
-            values[i][node] = log_p_BTV[b, columns, torch.tensor(ids[-n_name:])].sum().exp().item()
+        for b, (i, node, (_, n_name)) in enumerate(some):
+            columns = slice(width - n_name - 1, width - 1)  # what predicts each token of the name
+            values[i][node] = log_p_BTV[b, columns].gather(1, prompt["input_ids"][b, -n_name:, None]).sum().exp().item()
     return values
 
 
@@ -124,10 +124,6 @@ def _with_continuations(batches: Batches, asked: Sequence[tuple[int, list[int]]]
         ids_BT[b, width - len(prompt) :] = prompt
         mask_BT[b, width - len(prompt) :] = 1
     return {"input_ids": ids_BT, "attention_mask": mask_BT}
-
-
-def _evaluating(model: torch.nn.Module) -> None:
-    model.eval()
 
 
 def _to(model: CoconutForCausalLM, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -16,7 +16,7 @@ class Model:
 class Config:
     lr: float = 1e-3
     steps: int = capped(100, 5)
-    sizes: list[int] = capped([1, 10, 100], 20)  # noqa: RUF009
+    sizes: list[int] = capped([1, 10, 100], 20)
     limit: int | None = capped(None, 3)
     name: str = "x"
     model: Model = field(default_factory=Model)
