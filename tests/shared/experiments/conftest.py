@@ -254,7 +254,7 @@ class Repo:
     def call(self, *arguments: str, **variables: str) -> tuple[int, str]:
         """Exit status and output of `start`."""
         process = self.start(*arguments, **variables)
-        output, _ = process.communicate(timeout=120)
+        output, _ = process.communicate(timeout=600)
         return process.returncode, output
 
     def reproduce(self, *arguments: str, **variables: str) -> tuple[int, str]:

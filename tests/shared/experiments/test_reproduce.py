@@ -160,7 +160,7 @@ def test_ctrl_c_stops_everything_and_meanwhile_the_run_is_locked(repo):
     process = repo.start("scripts/reproduce.py", PAPER="toy", SEEDS="0", SET="pause=1000", JOBS="2")
     locks = [repo.run_dir(arm) / ".lock" for arm in ("fast", "slow")]
     stages: list[psutil.Process] = []
-    deadline = time.monotonic() + 100
+    deadline = time.monotonic() + 300
     while len(stages) < 2:
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline
@@ -171,7 +171,7 @@ def test_ctrl_c_stops_everything_and_meanwhile_the_run_is_locked(repo):
     assert status == 2
     assert f"{repo.run_dir('slow')} is in use by {locks[1].read_text()}: wait" in output
     process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode == 130
     assert "stopped (SIGINT); the same command goes on from here" in output
     assert "Traceback" not in output
@@ -204,12 +204,12 @@ def test_smoke_runs_every_paper_with_small_sizes_and_one_seed(repo):
 def test_ctrl_c_stops_smoke_too(repo):
     edit(repo.toy / "configs" / "tiny.yaml", "steps: 20", "steps: 20\npause: 1000")
     process = repo.start("scripts/reproduce.py", "--smoke", ARMS="fast")
-    deadline = time.monotonic() + 100
+    deadline = time.monotonic() + 300
     while not (repo.run_dir("fast", scale="smoke") / "config.yaml").exists():
         assert time.monotonic() < deadline
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode == 130
     assert "stopped (SIGINT)" in output
     assert "Traceback" not in output
