@@ -288,12 +288,9 @@ class CoconutForCausalLM(PreTrainedModel, GenerationMixin):
 def _check_base(base: PreTrainedModel, latent_token_id: int) -> None:
     what = f"CoconutForCausalLM needs a decoder-only causal language model, got {type(base).__name__}"
     config = getattr(base, "config", None)
-    known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
-    if (
-        not known
-        or not isinstance(base, MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
-        or base.get_output_embeddings() is None
-    ):
+    is_causal_lm = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    is_causal_lm = is_causal_lm and isinstance(base, MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
+    if not is_causal_lm or base.get_output_embeddings() is None:
         raise ValueError(f"{what}: AutoModelForCausalLM does not make such a model (is it one without an LM head?)")
     if config.is_encoder_decoder:
         raise ValueError(f"{what}, an encoder-decoder model")

@@ -66,9 +66,10 @@ def make_model(name: str, device: str, seed: int):
 
     layers, width, heads, vocab = MODELS[name]
     torch.manual_seed(seed)
-    config = GPT2Config(n_layer=layers, n_embd=width, n_head=heads, vocab_size=vocab, n_positions=320)
-    config.eos_token_id = None  # both sides write the same number of tokens
-    config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = 0.0  # else the two sides could not be compared
+    sizes = {"n_layer": layers, "n_embd": width, "n_head": heads, "vocab_size": vocab, "n_positions": 320}
+    no_end = {"bos_token_id": None, "eos_token_id": None}  # so that all write the same number of tokens
+    no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}  # so that results can be compared
+    config = GPT2Config(**sizes, **no_end, **no_dropout)
     base = AutoModelForCausalLM.from_config(config).to(device)
     return CoconutForCausalLM.from_base(base, vocab - 1, vocab - 3, vocab - 2)
 
