@@ -33,6 +33,8 @@ class Config:
     pad_latent_to_max: bool = True
     uniform_prob: float = 0.0
     """Probability that a batch (`mix_batches`) or an example uses a stage drawn uniformly from 0..number of steps."""
+    mix_from_stage: int = 0
+    """The first stage that is mixed."""
     mix_batches: bool = True
     """Draw the mixed stage once per batch: equally many thoughts in each row, hence no wasted pass."""
 

@@ -208,7 +208,8 @@ def draw_batch(
     if ARMS[config.method].stages == "tokens":
         return rows_B, removed_tokens(batches, schedule, step) + icot_offsets(rng, len(rows_B))
     stage = schedule.stage(step)
-    return rows_B, draw_stages(rng, stage, data.n_steps_N[rows_B], config.uniform_prob, config.mix_batches)
+    mixing = config.uniform_prob if stage >= config.mix_from_stage else 0.0
+    return rows_B, draw_stages(rng, stage, data.n_steps_N[rows_B], mixing, config.mix_batches)
 
 
 def removed_tokens(batches: Batches, schedule: Schedule, step: int) -> int:
