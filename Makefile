@@ -65,7 +65,7 @@ setup-gpu: $(STAMP)  ## add vLLM and liger-kernel for an NVIDIA GPU
 
 # ---- work -------------------------------------------------------------------------------------------------------
 test: $(STAMP)  ## run every test on the CPU (TESTS=path -k expression: only some)
-	@$(PY) -m pytest $(TESTS)
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist loadfile $(TESTS)
 
 lint: $(STAMP)  ## ruff: style, imports, formatting
 	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
