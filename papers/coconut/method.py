@@ -208,6 +208,20 @@ def init_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
     return "mean" if source is None else "<<"
 
 
+def share_special_embedding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """For a model from scratch: <bot>, <eot>, <latent> and <pause> begin with one embedding, as in a pretrained one.
+
+    It matters. In stage 0 the first step is predicted at <eot>. While <bot> looks the same to the model, it predicts
+    that step there, too, so the hidden state that becomes the first thought already says something about it.
+    """
+    import torch
+
+    ids = special_ids(tokenizer)
+    with torch.no_grad():
+        table_VD = model.get_input_embeddings().weight
+        table_VD[[ids.eot, ids.latent, ids.pause]] = table_VD[ids.bot].clone()
+
+
 @dataclass(frozen=True)
 class TokenizedRows:
     """A data set as tokens, in flat arrays that batches are cut from without a loop over rows.

@@ -109,6 +109,7 @@ def _from_scratch(config: Config):
     table = data.fact_table(tokenizer).tolist()
     model = FactsGPT2LMHeadModel(FactsGPT2Config(**sizes, fact_table=table))
     init_scales(model, config.embedding_std, config.thought_scale)
+    method.share_special_embedding(model, tokenizer)
     return model, tokenizer
 
 

@@ -181,6 +181,17 @@ def test_thoughts_start_at_the_scale_of_embeddings():
     assert embedded.weight is model.get_output_embeddings().weight
 
 
+def test_markers_begin_with_one_embedding():
+    from papers.coconut.tasks import load_model
+
+    model, tokenizer = load_model(config())
+    rows = model.get_input_embeddings().weight[
+        tokenizer.convert_tokens_to_ids(["<bot>", "<eot>", "<latent>", "<pause>"])
+    ]
+    assert (rows == rows[0]).all()
+    assert (rows[0] != model.get_input_embeddings().weight[tokenizer.eos_token_id]).any()
+
+
 def test_facts_enter_as_the_sum_of_their_nodes():
     from papers.coconut.tasks import load_model
 
