@@ -72,6 +72,7 @@ def test_a_hard_comparison_is_stopped_also_in_a_thread(reward, monkeypatch):
     thread = threading.Thread(target=lambda: scores.extend(reward(["p"] * 3, texts, answer=["1"] * 3)))
     thread.start()
     thread.join()
+    assert reward.counts["timeout"] == 1
     assert scores == [1, 0, 1]  # the next comparison has a new process
     os.kill(worker._process.pid, signal.SIGKILL)
     worker._process.wait()
