@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 
-from papers.mta.data import LETTERS
 from shared.experiments import files, finished_runs, plot_main
 from shared.experiments.claims import interval, measured
 from shared.experiments.paper import Operand, Paper, load_paper
@@ -63,7 +62,7 @@ def per_seed(found: Found, arm: str, metric: str) -> list[float]:
 def one_cue_lines(config: dict) -> dict[str, float]:
     """Errors on `first` and `last` of a model that guesses a block, or one that has the last query letter: p is the
     chance that another block has it, too, so 1 of 1 + Binomial(K - 1, p) blocks is right."""
-    k, p = config["n_blocks"], config["block_size"] / len(LETTERS)
+    k, p = config["n_blocks"], config["block_size"] / 26
     return {"one letter matched": 1 - (1 - (1 - p) ** k) / (k * p), "guess of a block": 1 - 1 / k}
 
 

@@ -14,7 +14,7 @@ import shutil
 from contextlib import nullcontext
 from pathlib import Path
 
-from papers.mta.config import Config
+from papers.mta.config import Config, Finetune
 from shared.experiments import Run, UserError, stage_main
 
 PRETRAINED = "pretrained"  # the checkpoint between the two stages of a run with `finetune`
@@ -36,7 +36,8 @@ def stages(config: Config, run: Run) -> list[Config]:
     changes["batch_size"] = max(1, round(config.batch_size / longer))
     if config.micro_batch_size:
         changes["micro_batch_size"] = max(1, round(config.micro_batch_size / longer))
-    return [config, dataclasses.replace(config, **changes, model=model, init_from=str(run.dir / PRETRAINED))]
+    first = str(run.dir / PRETRAINED)
+    return [config, dataclasses.replace(config, **changes, model=model, init_from=first, finetune=Finetune())]
 
 
 def train(config: Config, run: Run) -> dict[str, float]:
@@ -52,12 +53,16 @@ def train(config: Config, run: Run) -> dict[str, float]:
     for number in range(saved["stage"] if saved else 0, len(parts)):
         last = number == len(parts) - 1
         target = run.checkpoint if last else run.dir / PRETRAINED
-        metrics = train_stage(parts, number, target, accelerator, run)
+        resumes = saved is not None and saved["stage"] == number
+        metrics = train_stage(parts, number, target, accelerator, run, resumes)
         accelerator.wait_for_everyone()
     return metrics
 
 
-def train_stage(parts: list[Config], number: int, target: Path, accelerator, run: Run) -> dict[str, float]:
+def train_stage(
+    parts: list[Config], number: int, target: Path, accelerator, run: Run, resumes: bool
+) -> dict[str, float]:
+    """Trains stage `number` and writes its checkpoint to `target`; `resumes` from the run's saved state."""
     from papers.mta.tasks import build_model, tokenizer_of, training_batches
 
     config = parts[number]
@@ -68,8 +73,8 @@ def train_stage(parts: list[Config], number: int, target: Path, accelerator, run
     model = build_model(config, tokenizer).to(accelerator.device)
     wrapped, optimizer = accelerator.prepare(model, new_optimizer(config, model))
     step = 0
-    state = run.load_state()  # puts random generators and log back, hence last
-    if state and state["stage"] == number:
+    if resumes:
+        state = run.load_state()  # again: it puts the random generators back
         step = state["step"]
         set_state(wrapped, optimizer, state)
         batches.load_state_dict(state["batches"][accelerator.process_index])
