@@ -93,6 +93,8 @@ class TransformersSampler:
         self, prompts: Sequence[Prompt], n: int = 1, params: SamplingParams = DEFAULT_PARAMS
     ) -> list[list[Completion]]:
         """See `Sampler.sample`."""
+        if self.model is None:
+            raise RuntimeError("this sampler is closed")
         check_prompts(prompts, n)
         context = context_length(self.model.config)
         vocab_size = self.model.config.get_text_config().vocab_size

@@ -90,6 +90,19 @@ def test_frequencies_are_the_distributions(model, tokenizer, sampler, next_distr
     check_frequencies(seconds, next_distribution(model, [*prompt_ids, first], **params))
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_extreme_random_numbers_draw_no_impossible_token(seed):
+    from shared.generation.transformers_backend import _ChooseToken
+
+    choose = _ChooseToken([0, 0], 1, SamplingParams(), torch.device("cpu"))
+    choose.uniform_BT = torch.tensor([[0.0], [math.nextafter(1, 0)]], dtype=torch.float64)
+    logits_V = torch.randn(1000, generator=torch.Generator().manual_seed(seed))
+    logits_V[:100] = logits_V[-100:] = -torch.inf
+    chosen_BV = choose(torch.zeros(2, 1, dtype=torch.long), logits_V.repeat(2, 1))
+    assert chosen_BV.argmax(-1).tolist() == [100, 899]
+    assert (chosen_BV > -torch.inf).sum(-1).tolist() == [1, 1]
+
+
 def test_the_test_of_frequencies_can_fail(model, tokenizer, sampler, next_distribution, check_frequencies):
     [rows] = sampler.sample(["bad cab"], n=4000, params=SamplingParams(max_new_tokens=1, temperature=1.15))
     with pytest.raises(AssertionError):
@@ -175,6 +188,23 @@ def test_stop_strings_cut_what_would_have_been_generated(prompts, tokenizer, sam
         np.testing.assert_allclose(cut.logprobs, free.logprobs[:length], atol=1e-4)
     assert found > 0
     assert spanning > 0 or stop in [("a",)]
+
+
+def test_a_stop_string_ends_the_work_too(prompts, model, sampler):
+    """No step of the model after the one whose token completes the stop string, be it of one character or of many."""
+    calls = []
+    handle = model.register_forward_hook(lambda *args: calls.append(1))
+    tried = 0
+    for prompt in prompts:
+        [[free]] = sampler.sample([prompt], params=SamplingParams(max_new_tokens=30))
+        for stop in (free.text[1:2], free.text[1:7]):
+            if stop and "\N{REPLACEMENT CHARACTER}" not in stop:
+                calls.clear()
+                [[cut]] = sampler.sample([prompt], params=SamplingParams(max_new_tokens=30, stop=(stop,)))
+                assert len(calls) == len(cut.token_ids)
+                tried += len(stop) > 1
+    handle.remove()
+    assert tried > 1
 
 
 def test_end_of_sequence_at_the_first_token(prompts, build_model, tokenizer):
@@ -270,6 +300,8 @@ def test_a_checkpoint_directory(prompts, checkpoint, sampler):
     with load_sampler("transformers", checkpoint) as loaded:
         assert loaded.model.dtype == torch.float32
         assert loaded.sample(prompts, 2, params) == sampler.sample(prompts, 2, params)
+    with pytest.raises(RuntimeError, match="this sampler is closed"):
+        loaded.sample(prompts)
 
 
 def test_wrong_models(model, tmp_path):
