@@ -20,7 +20,9 @@ import torch
 from shared.kernels.mta_chunked import mta_chunked
 from shared.kernels.mta_reference import mta_reference
 
-BACKENDS = ("auto", "reference", "chunked")
+BACKENDS = ("auto", "reference", "chunked", "triton")
+# Fewer queries than this, as in decoding, are not worth the Triton path's preparations.
+MIN_TRITON_QUERIES = 64
 
 
 def mta_attention(
@@ -48,11 +50,17 @@ def mta_attention(
             current query), column w the key at offset w - (c_k - 1) / 2, as in the paper's conv2d weights.
         head_pre: (H, H), indexed [to, from].
         head_post: (groups, c_h, c_h), indexed [group, from, to]; groups * c_h = H.
-        segment_ids: (B, S) integers: a row attends within its own segment, and the convolution reaches only queries
-            and keys of it. Negative: padding, whose outputs are zero. None: one segment.
+        segment_ids: (B, S), int32 or int64: a row attends within its own segment, and the convolution reaches only queries
+            and keys of it. The positions of a segment must follow each other. Negative: padding, whose outputs are
+            zero. None: one segment.
         scale: on the scores; None: D ** -0.5.
         dropout_p: on the final weights; pass 0 in evaluation.
-        backend: "auto" or "reference".
+        backend: what computes it, all of them exact:
+            "reference": the equations above with every map in memory, the official algorithm.
+            "chunked": blocks of query rows, memory linear in S.
+            "triton": memory linear in S; without head mixing and dropout as flash attention on expanded keys and
+                values, else blocks of query rows with fused map operations. fp32, fp16, bf16.
+            "auto": "triton" where `triton_fits`, else "chunked".
 
     Returns:
         (B, H, T, D) in q's dtype.
@@ -63,12 +71,40 @@ def mta_attention(
     kernels = {"kq_pre": kq_pre, "kq_post": kq_post, "head_pre": head_pre, "head_post": head_post}
     _check(q_BHTD, k_BGSD, v_BGSD, kernels, segment_ids, dropout_p, backend)
     scale = q_BHTD.shape[-1] ** -0.5 if scale is None else scale
+    segment_ids = None if segment_ids is None else segment_ids.contiguous()
     options = {**kernels, "segment_ids": segment_ids, "scale": scale, "dropout_p": dropout_p}
+    if backend == "auto":
+        backend = "triton" if triton_fits(q_BHTD, kernels) else "chunked"
     # The maps have the precision of q whatever autocast would choose for their products.
     with torch.autocast(q_BHTD.device.type, enabled=False):
-        if backend == "reference":
-            return mta_reference(q_BHTD, k_BGSD, v_BGSD, **options)
-        return mta_chunked(q_BHTD, k_BGSD, v_BGSD, **options)
+        if backend == "triton":
+            return _triton(q_BHTD, k_BGSD, v_BGSD, **options)
+        compute = mta_reference if backend == "reference" else mta_chunked
+        return compute(q_BHTD, k_BGSD, v_BGSD, **options)
+
+
+def triton_fits(q_BHTD: torch.Tensor, kernels: dict[str, torch.Tensor | None]) -> bool:
+    """Whether "auto" takes Triton: an NVIDIA GPU (Ampere or later), a long enough T, and sizes that fit on its chip."""
+    _, H, T, D = q_BHTD.shape
+    if not q_BHTD.is_cuda or torch.version.cuda is None or torch.cuda.get_device_capability(q_BHTD.device) < (8, 0):
+        return False
+    widest = max(
+        [kernel.shape[-1] for name, kernel in kernels.items() if name[:2] == "kq" and kernel is not None], default=1
+    )
+    return q_BHTD.dtype != torch.float64 and T >= MIN_TRITON_QUERIES and D <= 128 and H <= 64 and widest <= 33
+
+
+def _triton(q_BHTD, k_BGSD, v_BGSD, *, kq_pre, kq_post, head_pre, head_post, dropout_p, **options) -> torch.Tensor:
+    # Imported here: CPU builds of torch come without Triton.
+    if head_pre is None and head_post is None and dropout_p == 0 and v_BGSD.shape[-1] == q_BHTD.shape[-1]:
+        from shared.kernels.mta_triton_kq import mta_triton_kq
+
+        return mta_triton_kq(q_BHTD, k_BGSD, v_BGSD, kq_pre=kq_pre, kq_post=kq_post, **options)
+    from shared.kernels.mta_triton_maps import TritonMaps
+
+    kernels = {"kq_pre": kq_pre, "kq_post": kq_post, "head_pre": head_pre, "head_post": head_post}
+    maps = TritonMaps(q_BHTD.dtype)
+    return mta_chunked(q_BHTD, k_BGSD, v_BGSD, **kernels, dropout_p=dropout_p, maps=maps, **options)
 
 
 def _check(q_BHTD, k_BGSD, v_BGSD, kernels, segment_ids, dropout_p, backend) -> None:
@@ -98,9 +134,10 @@ def _check(q_BHTD, k_BGSD, v_BGSD, kernels, segment_ids, dropout_p, backend) -> 
     post = kernels["head_post"]
     if post is not None and (post.ndim != 3 or post.shape[1] != post.shape[2] or post.shape[0] * post.shape[1] != H):
         raise ValueError(f"head_post has shape {tuple(post.shape)}; it needs (groups, c_h, c_h), groups * c_h = {H}")
-    if segment_ids is not None and (segment_ids.shape != (B, S) or segment_ids.is_floating_point()):
+    integers = (torch.int32, torch.int64)
+    if segment_ids is not None and (segment_ids.shape != (B, S) or segment_ids.dtype not in integers):
         found = f"{tuple(segment_ids.shape)} {segment_ids.dtype}"
-        raise ValueError(f"segment_ids is {found}; it needs ({B}, {S}) integers, one for each key")
+        raise ValueError(f"segment_ids is {found}; it needs ({B}, {S}) of int32 or int64, one for each key")
     for name, x in {**tensors, **kernels, "segment_ids": segment_ids}.items():
         if x is not None and x.device != q_BHTD.device:
             raise ValueError(f"{name} is on {x.device}, q on {q_BHTD.device}")
@@ -108,3 +145,5 @@ def _check(q_BHTD, k_BGSD, v_BGSD, kernels, segment_ids, dropout_p, backend) -> 
         raise ValueError(f"dropout_p={dropout_p} is outside [0, 1)")
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}; valid: {', '.join(BACKENDS)}")
+    if backend == "triton" and (q_BHTD.dtype == torch.float64 or D > 128):
+        raise ValueError(f"backend='triton' has no {q_BHTD.dtype} with {D} channels: not float64, at most 128 channels")

@@ -17,7 +17,7 @@ from shared.kernels.mta_reference import mix_heads_post, mix_heads_pre
 # Elements of one block's map, all its batch rows and heads: on a CPU about what the caches hold.
 BLOCK_ELEMENTS = {"cpu": 2**20}
 BLOCK_ELEMENTS_GPU = 2**26
-MIN_ROWS, MAX_ROWS = 64, 256
+MIN_ROWS, MAX_ROWS = 64, 512
 # Columns of the map that the convolution treats as channels.
 PANEL = 16
 
@@ -114,10 +114,40 @@ def multiply_grouped(x_BHRK: torch.Tensor, y_BGKN: torch.Tensor) -> torch.Tensor
     return (x_BHRK.reshape(B, G, H // G * R, K) @ y_BGKN).view(B, H, R, -1)
 
 
+class TorchMaps:
+    """The operations on a block's maps, in >= fp32. `shared.kernels.mta_triton_maps.TritonMaps` has the same ones."""
+
+    @staticmethod
+    def scores(q_bHRD, k_bGCD, scale: float, hidden_b1RC) -> torch.Tensor:
+        """scale * q kᵀ, zero where hidden; rounded to q's dtype first."""
+        x_bHRC = multiply_grouped(q_bHRD, k_bGCD.transpose(-1, -2))
+        x_bHRC = x_bHRC.to(torch.promote_types(x_bHRC.dtype, torch.float32))
+        return x_bHRC.mul_(scale).masked_fill_(hidden_b1RC, 0)
+
+    @staticmethod
+    def convolve(x_bHRC, kernel_HAO, rows_above: int, hidden_b1RC=None) -> torch.Tensor:
+        """`convolve_rows`, zero where hidden."""
+        y_bHRC = convolve_rows(x_bHRC, kernel_HAO, rows_above)
+        return y_bHRC if hidden_b1RC is None else y_bHRC.masked_fill(hidden_b1RC, 0)
+
+    @staticmethod
+    def weights(x_bHRC, head_pre, head_post, hidden_b1RC, padding_b1R1, dtype: torch.dtype) -> torch.Tensor:
+        """Mixed softmax of the mixed logits, over the keys that are not hidden; zero in rows of padding."""
+        if head_pre is not None:
+            x_bHRC = mix_heads_pre(x_bHRC, head_pre)
+        if padding_b1R1 is None:
+            x_bHRC = torch.softmax(x_bHRC.masked_fill(hidden_b1RC, -torch.inf), dim=-1)
+        else:  # A row without any key would be NaN: uniform first, then zero.
+            x_bHRC = x_bHRC.masked_fill(hidden_b1RC & ~padding_b1R1, -torch.inf)
+            x_bHRC = torch.softmax(x_bHRC, dim=-1).masked_fill(hidden_b1RC, 0)
+        return (x_bHRC if head_post is None else mix_heads_post(x_bHRC, head_post)).to(dtype)
+
+
 @dataclass(frozen=True)
 class Attention:
-    """Multi-Token Attention of one map, block by block. lags: c_q - 1 of kq_pre, of kq_post."""
+    """Multi-Token Attention block by block. maps: the operations on maps; lags: c_q - 1 of kq_pre, of kq_post."""
 
+    maps: TorchMaps
     map: Map
     lags: tuple[int, int]
     scale: float
@@ -152,24 +182,20 @@ class Attention:
     def attend(self, block: Block, q_bHRD, k_bGCD, v_bGCD, kq_pre, kq_post, head_pre, head_post) -> torch.Tensor:
         """(b, H, R, Dv) for the rows of the block, from tensors that are `cut` to it."""
         hidden, padding = self.map.hidden(block)
-        dtype = torch.promote_types(q_bHRD.dtype, torch.float32)
-        x_bHRC = multiply_grouped(q_bHRD, k_bGCD.transpose(-1, -2)).to(dtype).mul_(self.scale).masked_fill_(hidden, 0)
+        x_bHRC = self.maps.scores(q_bHRD, k_bGCD, self.scale, hidden)
         skip = block.weights_from - block.scores_from
-        hidden = hidden[:, :, skip:]
+        hidden, padding = hidden[:, :, skip:], None if padding is None else padding[:, :, skip:]
         if kq_pre is not None:
-            x_bHRC = convolve_rows(x_bHRC, kq_pre.to(dtype), self.lags[0] - skip)
-        if head_pre is not None:
-            x_bHRC = mix_heads_pre(x_bHRC, head_pre.to(dtype))
-        if padding is None:
-            x_bHRC = torch.softmax(x_bHRC.masked_fill(hidden, -torch.inf), dim=-1)
-        else:  # A row without any key would be NaN: uniform first, then zero.
-            x_bHRC = x_bHRC.masked_fill(hidden & ~padding[:, :, skip:], -torch.inf)
-            x_bHRC = torch.softmax(x_bHRC, dim=-1).masked_fill(hidden, 0)
+            x_bHRC = self.maps.convolve(x_bHRC, kq_pre, self.lags[0] - skip)
+        # Without a convolution between them, softmax and second mixing are one step.
+        early, late = (head_post, None) if kq_post is None else (None, head_post)
+        last = kq_post is None and self.dropout_p == 0
+        x_bHRC = self.maps.weights(x_bHRC, head_pre, early, hidden, padding, v_bGCD.dtype if last else x_bHRC.dtype)
         if kq_post is not None:
             skip = block.rows.start - block.weights_from
-            x_bHRC = convolve_rows(x_bHRC, kq_post.to(dtype), self.lags[1] - skip).masked_fill(hidden[:, :, skip:], 0)
-        if head_post is not None:
-            x_bHRC = mix_heads_post(x_bHRC, head_post.to(dtype))
+            x_bHRC = self.maps.convolve(x_bHRC, kq_post, self.lags[1] - skip, hidden[:, :, skip:])
+        if late is not None:
+            x_bHRC = mix_heads_post(x_bHRC, late)
         if self.dropout_p > 0:
             x_bHRC = self.drop(block, x_bHRC)
         return multiply_grouped(x_bHRC.to(v_bGCD.dtype), v_bGCD)
@@ -221,17 +247,19 @@ class _Recomputed(torch.autograd.Function):
 
 
 def mta_chunked(
-    q_BHTD, k_BGSD, v_BGSD, *, kq_pre, kq_post, head_pre, head_post, segment_ids, scale, dropout_p
+    q_BHTD, k_BGSD, v_BGSD, *, kq_pre, kq_post, head_pre, head_post, segment_ids, scale, dropout_p, maps=None
 ) -> torch.Tensor:
-    """See `shared.kernels.mta.mta_attention`. Scores are rounded to q's dtype; all other map arithmetic is >= fp32."""
+    """See `shared.kernels.mta.mta_attention`. maps: the operations on maps, PyTorch's by default."""
     B, H, T, _ = q_BHTD.shape
+    dtype = torch.promote_types(q_BHTD.dtype, torch.float32)
+    kernels = tuple(None if x is None else x.to(dtype) for x in (kq_pre, kq_post, head_pre, head_post))
     lags = tuple(0 if kernel is None else kernel.shape[1] - 1 for kernel in (kq_pre, kq_post))
     gap = max(0 if kernel is None else kernel.shape[2] // 2 for kernel in (kq_pre, kq_post))
     axes = Map.of(T, k_BGSD.shape[2], segment_ids, gap, q_BHTD.device)
     seed = int(torch.randint(2**62, ())) if dropout_p > 0 else 0
-    attention = Attention(axes, lags, scale, dropout_p, seed)
+    attention = Attention(maps or TorchMaps(), axes, lags, scale, dropout_p, seed)
     blocks = attention.blocks(B, H, q_BHTD.device)
-    tensors = (q_BHTD, axes.columns(k_BGSD), axes.columns(v_BGSD), kq_pre, kq_post, head_pre, head_post)
+    tensors = (q_BHTD, axes.columns(k_BGSD), axes.columns(v_BGSD), *kernels)
     if len(blocks) == 1:
         return attention.attend(blocks[0], *tensors)
     return _Recomputed.apply(attention, blocks, *tensors)

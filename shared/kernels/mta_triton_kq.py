@@ -33,9 +33,9 @@ from shared.kernels.mta_band import (
 )
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-# Elements of a panel, over batch and heads.
-PANEL_ELEMENTS = 2**27
+# Elements of a panel, over batch and heads; its length is a multiple of the step.
+PANEL_ELEMENTS = 2**26
+PANEL_STEP = 128
 
 
 @triton.jit
@@ -295,7 +295,8 @@ def _multiply_panel_transposed(panel_BHRC: torch.Tensor, x_BHRD: torch.Tensor, G
 
 
 def _ranges(n: int, step: int) -> list[tuple[int, int]]:
-    step = max(128, step // 128 * 128)
+    """[start, end) over 0..n, in multiples of PANEL_STEP."""
+    step = max(PANEL_STEP, step // PANEL_STEP * PANEL_STEP)
     return [(start, min(n, start + step)) for start in range(0, n, step)]
 
 
@@ -357,15 +358,8 @@ class _FarAttention(torch.autograd.Function):
         return dq.to(q.dtype), dk, dv, dsink, None, None, None
 
 
-def supports(q_BHTD, v_BGSD, head_pre, head_post, dropout_p) -> bool:
-    """Whether `mta_triton_kq` computes this combination."""
-    D = q_BHTD.shape[-1]
-    plain = head_pre is None and head_post is None and dropout_p == 0
-    return plain and D <= 128 and v_BGSD.shape[-1] == D and q_BHTD.dtype in DTYPES
-
-
 def mta_triton_kq(q_BHTD, k_BGSD, v_BGSD, *, kq_pre, kq_post, segment_ids, scale) -> torch.Tensor:
-    """See `shared.kernels.mta.mta_attention`; for what `supports` says."""
+    """See `shared.kernels.mta.mta_attention`; D <= 128, values as wide as keys."""
     (_, H, T, _), (_, G, S, _) = q_BHTD.shape, k_BGSD.shape
     q_BHTD, k_BGSD, v_BGSD = q_BHTD.contiguous(), k_BGSD.contiguous(), v_BGSD.contiguous()
     k_BHSD, v_BHSD = k_BGSD.repeat_interleave(H // G, dim=1), v_BGSD.repeat_interleave(H // G, dim=1)
