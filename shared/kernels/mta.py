@@ -50,9 +50,9 @@ def mta_attention(
             current query), column w the key at offset w - (c_k - 1) / 2, as in the paper's conv2d weights.
         head_pre: (H, H), indexed [to, from].
         head_post: (groups, c_h, c_h), indexed [group, from, to]; groups * c_h = H.
-        segment_ids: (B, S), int32 or int64: a row attends within its own segment, and the convolution reaches only queries
-            and keys of it. The positions of a segment must follow each other. Negative: padding, whose outputs are
-            zero. None: one segment.
+        segment_ids: (B, S), int32 or int64: a row attends within its own segment, and the convolution reaches only
+            queries and keys of it. The positions of a segment must follow each other. Negative: padding, whose
+            outputs are zero. None: one segment.
         scale: on the scores; None: D ** -0.5.
         dropout_p: on the final weights; pass 0 in evaluation.
         backend: what computes it, all of them exact:
