@@ -85,8 +85,8 @@ class OpenAISampler:
         key = os.environ.get(self.api_key_env, "").strip()
         client = httpx.AsyncClient(
             headers={"Authorization": f"Bearer {key}"} if key else {},
-            timeout=httpx.Timeout(self.timeout, connect=min(self.timeout, 10.0), pool=None),
-            limits=httpx.Limits(max_connections=self.max_concurrency),
+            timeout=httpx.Timeout(self.timeout, connect=min(self.timeout, 10.0)),
+            limits=httpx.Limits(),  # none: `slots` is the limit
         )
         slots = asyncio.Semaphore(self.max_concurrency)
 
