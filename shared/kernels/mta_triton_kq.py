@@ -17,6 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
@@ -40,19 +41,17 @@ PANEL_STEP = 128
 
 @triton.jit
 def _logits(
-    q_ptr, k_ptr, seg_ptr, rows, cols, row_seg, T, S,
+    q_ptr, k_ptr, rows, cols, first_row, T, S,
     CQ: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    HAS_SEG: tl.constexpr, PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """sum over a of q[row - a] · K_a[col], (BM, BN) fp32; queries of other segments and before the first are zero."""
+    """sum over a of q[row - a] · K_a[col], (BM, BN) fp32; a query before the row's first_row is zero."""
     d = tl.arange(0, BLOCK_D)
     s = tl.zeros([BM, BN], dtype=tl.float32)
     for a in range(CQ):
         past = rows - a
-        exists = (past >= 0) & (rows < T)
-        if HAS_SEG:
-            exists &= tl.load(seg_ptr + past + (S - T), mask=exists, other=-1) == row_seg
-        q = tl.load(q_ptr + past[:, None] * D + d[None, :], mask=exists[:, None] & (d[None, :] < D), other=0.0)
+        q_mask = ((past >= first_row) & (rows < T))[:, None] & (d[None, :] < D)
+        q = tl.load(q_ptr + past[:, None] * D + d[None, :], mask=q_mask, other=0.0)
         k_mask = (cols[:, None] < S) & (d[None, :] < D)
         k = tl.load(k_ptr + (cols[:, None] * CQ + a) * D + d[None, :], mask=k_mask, other=0.0)
         s = tl.dot(q, tl.trans(k), s, input_precision=PRECISION)
@@ -61,11 +60,14 @@ def _logits(
 
 @triton.jit
 def _forward_kernel(
-    Q, K, V, Sink, Seg, O, LSE, T, S, W, scale, H, K_HEADS, V_HEADS,
+    Q, K, V, Sink, First, O, LSE, T, S, W, scale, H, K_HEADS, V_HEADS,
     CQ: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    HAS_V: tl.constexpr, HAS_SEG: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_V: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One block of rows of one head: softmax over [sink, keys at least W before the row]; O only with HAS_V."""
+    """One block of rows of one head: softmax over the sink and the keys from First to W before the row.
+
+    LSE, and with HAS_V also O.
+    """
     row_block = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest first
     bh = tl.program_id(1).to(tl.int64)
     b, h = bh // H, bh % H
@@ -74,26 +76,22 @@ def _forward_kernel(
     q_ptr = Q + bh * T * D
     k_ptr = K + (b * K_HEADS + h // (H // K_HEADS)) * S * CQ * D
     v_ptr = V + (b * V_HEADS + h // (H // V_HEADS)) * S * D
-    seg_ptr = Seg + b * S
-    row_seg = rows
-    if HAS_SEG:
-        row_seg = tl.load(seg_ptr + rows + (S - T), mask=rows < T, other=-1)
+    first = tl.load(First + b * T + rows, mask=rows < T, other=S)
+    first_row = tl.maximum(first - (S - T), 0)
 
     m = tl.load(Sink + bh * T + rows, mask=rows < T, other=float("-inf")) * LOG2_E
     l = tl.where(m == float("-inf"), 0.0, 1.0)
     acc = tl.zeros([BM, BLOCK_D], dtype=tl.float32)
+    oldest = tl.min(first, 0) // BN * BN
     newest = tl.minimum(T, row_block * BM + BM) - 1 + S - T - W
-    for start in range(0, newest + 1, BN):
+    for start in range(oldest, newest + 1, BN):
         cols = start + tl.arange(0, BN)
         if HAS_V:
             # Asked for before the products of the logits, which hide the wait.
             v_mask = (cols[:, None] < S) & (d[None, :] < D)
             v = tl.load(v_ptr + cols[:, None] * D + d[None, :], mask=v_mask, other=0.0)
-        s = _logits(q_ptr, k_ptr, seg_ptr, rows, cols, row_seg, T, S, CQ, D, BLOCK_D, BM, BN, HAS_SEG, PRECISION)
-        visible = cols[None, :] <= rows[:, None] + (S - T - W)
-        if HAS_SEG:
-            col_seg = tl.load(seg_ptr + cols, mask=cols < S, other=-1)
-            visible &= (col_seg[None, :] == row_seg[:, None]) & (row_seg[:, None] >= 0)
+        s = _logits(q_ptr, k_ptr, rows, cols, first_row, T, S, CQ, D, BLOCK_D, BM, BN, PRECISION)
+        visible = (cols[None, :] >= first[:, None]) & (cols[None, :] <= rows[:, None] + (S - T - W))
         s = tl.where(visible, s * (scale * LOG2_E), float("-inf"))
         m_new = tl.maximum(m, tl.max(s, 1))
         m_finite = tl.where(m_new == float("-inf"), 0.0, m_new)
@@ -114,9 +112,9 @@ def _forward_kernel(
 
 @triton.jit
 def _maps_kernel(
-    Q, K, V, LSE, dO, Delta, Seg, P, dS, T, S, W, scale, row0, n_rows, col0, n_cols, width, H, K_HEADS, V_HEADS,
+    Q, K, V, LSE, dO, Delta, First, P, dS, T, S, W, scale, row0, n_rows, col0, n_cols, width, H, K_HEADS, V_HEADS,
     CQ: tl.constexpr, CV: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    BACKWARD: tl.constexpr, HAS_SEG: tl.constexpr, PRECISION: tl.constexpr,
+    BACKWARD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of the panel of rows row0.. and columns col0..: P, and in backward dS; zero at keys that are not far.
 
@@ -129,24 +127,20 @@ def _maps_kernel(
     rows, cols = row0 + panel_rows, col0 + panel_cols
     out = bh * n_rows * width + panel_rows.to(tl.int64)[:, None] * width + panel_cols[None, :]
     out_mask = (panel_rows[:, None] < n_rows) & (panel_cols[None, :] < n_cols)
+    first = tl.load(First + b * T + rows, mask=rows < T, other=S)
     newest = tl.minimum(T, row0 + tl.program_id(1) * BM + BM) - 1 + S - T - W
-    if col0 + tl.program_id(0) * BN > newest:
+    start = col0 + tl.program_id(0) * BN
+    if (start > newest) | (start + BN <= tl.min(first, 0)):
         zero = tl.zeros([BM, BN], dtype=P.dtype.element_ty)
         tl.store(P + out, zero, mask=out_mask)
         if BACKWARD:
             tl.store(dS + out, zero, mask=out_mask)
     else:
-        seg_ptr = Seg + b * S
-        row_seg = rows
-        if HAS_SEG:
-            row_seg = tl.load(seg_ptr + rows + (S - T), mask=rows < T, other=-1)
         q_ptr = Q + bh * T * D
         k_ptr = K + (b * K_HEADS + h // (H // K_HEADS)) * S * CQ * D
-        s = _logits(q_ptr, k_ptr, seg_ptr, rows, cols, row_seg, T, S, CQ, D, BLOCK_D, BM, BN, HAS_SEG, PRECISION)
-        visible = (cols[None, :] <= rows[:, None] + (S - T - W)) & (rows[:, None] < T)
-        if HAS_SEG:
-            col_seg = tl.load(seg_ptr + cols, mask=cols < S, other=-1)
-            visible &= (col_seg[None, :] == row_seg[:, None]) & (row_seg[:, None] >= 0)
+        first_row = tl.maximum(first - (S - T), 0)
+        s = _logits(q_ptr, k_ptr, rows, cols, first_row, T, S, CQ, D, BLOCK_D, BM, BN, PRECISION)
+        visible = (cols[None, :] >= first[:, None]) & (cols[None, :] <= rows[:, None] + (S - T - W))
         lse = tl.load(LSE + bh * T + rows, mask=rows < T, other=0.0)
         p = tl.where(visible, tl.exp2(s * (scale * LOG2_E) - lse[:, None] * LOG2_E), 0.0)
         tl.store(P + out, p.to(P.dtype.element_ty), mask=out_mask)
@@ -167,25 +161,21 @@ def _maps_kernel(
 
 @triton.jit
 def _fold_lags_kernel(
-    G, dQ, Seg, T, S, row0, H,
-    CQ: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BM: tl.constexpr, HAS_SEG: tl.constexpr,
+    G, dQ, First, T, S, row0, H,
+    CQ: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
-    """dQ[r] += sum over a of G[r + a, a], where G begins at row row0 and r + a is in r's segment."""
+    """dQ[r] += sum over a of G[r + a, a], where G begins at row row0 and r is not before the first row of r + a."""
     bh = tl.program_id(1).to(tl.int64)
-    first = tl.maximum(row0 - (CQ - 1), 0)
-    rows = first + tl.program_id(0) * BM + tl.arange(0, BM)
+    rows = tl.maximum(row0 - (CQ - 1), 0) + tl.program_id(0) * BM + tl.arange(0, BM)
     d = tl.arange(0, BLOCK_D)
     mask = (rows[:, None] < T) & (d[None, :] < D)
     dq_ptr = dQ + bh * T * D + rows[:, None] * D + d[None, :]
     g_ptr = G + bh * (T - row0) * CQ * D
     dq = tl.load(dq_ptr, mask=mask, other=0.0)
-    seg_ptr = Seg + bh // H * S + (S - T)
     for a in tl.static_range(CQ):
         later = rows + a
         exists = (later >= row0) & (later < T)
-        if HAS_SEG:
-            row_seg = tl.load(seg_ptr + rows, mask=exists, other=-1)
-            exists &= tl.load(seg_ptr + later, mask=exists, other=-1) == row_seg
+        exists &= tl.load(First + bh // H * T + later, mask=exists, other=S) - (S - T) <= rows
         g = tl.load(g_ptr + ((later[:, None] - row0) * CQ + a) * D + d[None, :], mask=exists[:, None] & mask, other=0.0)
         dq += g.to(tl.float32)
     tl.store(dq_ptr, dq, mask=mask)
@@ -222,7 +212,7 @@ class _Far:
     q: torch.Tensor
     k: torch.Tensor
     v: torch.Tensor
-    segment_BS: torch.Tensor | None
+    first_BT: torch.Tensor
     W: int
     scale: float
 
@@ -233,14 +223,9 @@ class _Far:
             "CQ": self.k.shape[3],
             "D": D,
             "BLOCK_D": block_d,
-            "HAS_SEG": self.segment_BS is not None,
             "PRECISION": precision(self.q.dtype),
             **tiles(self.q.dtype, block_d, self.q.device),
         }
-
-    @property
-    def _segments(self) -> torch.Tensor:
-        return self.q if self.segment_BS is None else self.segment_BS  # never read without segments
 
     def columns_visible(self, row: int) -> int:
         """Number of keys at least W before the row."""
@@ -251,7 +236,7 @@ class _Far:
         B, H, T, _ = self.q.shape
         constants = self._constants()
         _forward_kernel[(triton.cdiv(T, constants["BM"]), B * H)](
-            self.q, self.k, self.v, sink, self._segments, self.q if o is None else o, lse,
+            self.q, self.k, self.v, sink, self.first_BT, self.q if o is None else o, lse,
             T, self.k.shape[2], self.W, self.scale, H, self.k.shape[1], self.v.shape[1],
             HAS_V=o is not None, **constants,
         )  # fmt: skip
@@ -265,7 +250,7 @@ class _Far:
         ds = None if do is None else torch.empty_like(p)
         constants = self._constants()
         _maps_kernel[(triton.cdiv(n_cols, constants["BN"]), triton.cdiv(n_rows, constants["BM"]), B * H)](
-            self.q, self.k, self.v, lse, self.q if do is None else do, lse if do is None else delta, self._segments,
+            self.q, self.k, self.v, lse, self.q if do is None else do, lse if do is None else delta, self.first_BT,
             p, p if do is None else ds, T, self.k.shape[2], self.W, self.scale, rows[0], n_rows, cols[0], n_cols, width,
             H, self.k.shape[1], self.v.shape[1], CV=self.v.shape[3], BACKWARD=do is not None, **constants,
         )  # fmt: skip
@@ -277,8 +262,8 @@ class _Far:
         n_lags = self.k.shape[3]
         n_rows = T - max(0, row0 - (n_lags - 1))
         _fold_lags_kernel[(triton.cdiv(n_rows, 32), B * H)](
-            g, dq, self._segments, T, self.k.shape[2], row0, H,
-            CQ=n_lags, D=D, BLOCK_D=triton.next_power_of_2(D), BM=32, HAS_SEG=self.segment_BS is not None,
+            g, dq, self.first_BT, T, self.k.shape[2], row0, H,
+            CQ=n_lags, D=D, BLOCK_D=triton.next_power_of_2(D), BM=32,
         )  # fmt: skip
 
 
@@ -303,16 +288,22 @@ def _ranges(n: int, step: int) -> list[tuple[int, int]]:
 class _FarAttention(torch.autograd.Function):
     """Softmax attention over a sink logit of each row and the keys at least W positions before it.
 
-    q (B, H, T, D); k (B, KH, S, CQ, D), whose logits are the sum over a of q[i - a] · k[j, a]; v (B, VH, S, CV, D);
-    sink (B, H, T) fp32, -inf for none. Returns o (B, H, T, CV, D), in which the sink has no value, and the log-sum-exp
-    of each row with its sink (B, H, T), -inf in empty rows.
+    Args:
+        q, k, v: (B, H, T, D), (B, KH, S, CQ, D), (B, VH, S, CV, D); the logit is the sum over a of q[i - a] · k[j, a].
+        sink: (B, H, T) fp32, -inf for none.
+        first_BT: of `first_keys`.
+        same_BTA: of `same_segment` for CQ lags.
+
+    Returns:
+        o (B, H, T, CV, D), to which the sink adds nothing, and the log-sum-exp of each row with its sink (B, H, T),
+        -inf in empty rows.
     """
 
     @staticmethod
-    def forward(ctx, q, k, v, sink, segment_BS, W, scale):
+    def forward(ctx, q, k, v, sink, first_BT, same_BTA, W, scale):
         B, H, T, D = q.shape
         CV = v.shape[3]
-        far = _Far(q, k, v, segment_BS, W, scale)
+        far = _Far(q, k, v, first_BT, W, scale)
         o, lse = q.new_empty(B, H, T, CV, D), q.new_empty(B, H, T, dtype=torch.float32)
         far.forward(sink, o if CV == 1 else None, lse)
         if CV > 1:
@@ -323,19 +314,19 @@ class _FarAttention(torch.autograd.Function):
                     continue
                 p, _ = far.maps(lse, rows, (0, n_cols))
                 o[:, :, slice(*rows)] = _multiply_panel(p, v[:, :, :n_cols].flatten(3)).unflatten(-1, (CV, D))
-        ctx.save_for_backward(q, k, v, sink, segment_BS, o, lse)
+        ctx.save_for_backward(q, k, v, sink, first_BT, same_BTA, o, lse)
         ctx.W, ctx.scale = W, scale
         return o, lse
 
     @staticmethod
     @once_differentiable
     def backward(ctx, do, dlse):
-        q, k, v, sink, segment_BS, o, lse = ctx.saved_tensors
-        far = _Far(q, k, v, segment_BS, ctx.W, ctx.scale)
+        q, k, v, sink, first_BT, same_BTA, o, lse = ctx.saved_tensors
+        far = _Far(q, k, v, first_BT, ctx.W, ctx.scale)
         (B, H, T, _), (KH, S, CQ), VH = q.shape, k.shape[1:4], v.shape[1]
         do = do.contiguous()
         delta = (do.float() * o.float()).sum((-1, -2)) - dlse
-        past_q = shift_rows(q, CQ, same_segment(segment_BS, T, CQ)).flatten(3)
+        past_q = shift_rows(q, CQ, same_BTA).flatten(3)
         dq = torch.zeros_like(q, dtype=torch.float32)
         # Keys that are far from no query are in no panel.
         dk, dv = torch.zeros_like(k), torch.zeros_like(v)
@@ -355,7 +346,17 @@ class _FarAttention(torch.autograd.Function):
                 far.fold_lags(g, dq, row0)
         # An empty row has no sink either: -inf - -inf.
         dsink = -delta * torch.exp(sink - lse.masked_fill(lse == -torch.inf, 0))
-        return dq.to(q.dtype), dk, dv, dsink, None, None, None
+        return dq.to(q.dtype), dk, dv, dsink, None, None, None, None
+
+
+def first_keys(segment_BS: torch.Tensor | None, q_BHTD: torch.Tensor, n_keys: int) -> torch.Tensor:
+    """(B, T) int32, the first position of each query's segment; n_keys for padding, which sees no key."""
+    B, _, T, _ = q_BHTD.shape
+    if segment_BS is None:
+        return torch.zeros(B, T, dtype=torch.int32, device=q_BHTD.device)
+    starts_BS = F.pad(segment_BS.diff(dim=1) != 0, (1, 0)) * torch.arange(n_keys, device=q_BHTD.device)
+    first_BS = starts_BS.cummax(1).values.masked_fill(segment_BS < 0, n_keys)
+    return first_BS[:, n_keys - T :].to(torch.int32).contiguous()
 
 
 def mta_triton_kq(q_BHTD, k_BGSD, v_BGSD, *, kq_pre, kq_post, segment_ids, scale) -> torch.Tensor:
@@ -367,27 +368,29 @@ def mta_triton_kq(q_BHTD, k_BGSD, v_BGSD, *, kq_pre, kq_post, segment_ids, scale
     post_lags, post_reach = (kq_post.shape[1], kq_post.shape[2] // 2) if kq_post is not None else (1, 0)
     W = max(1, pre_lags - 1 + pre_reach, post_reach)
 
+    same_pre_BTA, same_post_BTA = (same_segment(segment_ids, T, lags) for lags in (pre_lags, post_lags))
+
     # Logits of the W newest keys of each query.
     near_B1Tn = near_keys(segment_ids, T, S, W + pre_reach, q_BHTD.device)
     band_BHTn = (band_dot(q_BHTD, k_BHSD, W + pre_reach) * scale).masked_fill(~near_B1Tn, 0)
     if kq_pre is not None:
-        band_BHTn = convolve_band(band_BHTn, kq_pre, W, same_segment(segment_ids, T, pre_lags))
+        band_BHTn = convolve_band(band_BHTn, kq_pre, W, same_pre_BTA)
     band_BHTn = band_BHTn.masked_fill(~near_B1Tn[..., :W], -torch.inf)
 
     expanded_k = k_BGSD.unsqueeze(3) if kq_pre is None else expand_lags(k_BGSD, kq_pre, segment_ids)
     expanded_v = v_BGSD.unsqueeze(3) if kq_post is None else expand_lags(v_BGSD, kq_post.flip(2), segment_ids)
     sink_BHT = band_BHTn.logsumexp(-1)
-    far_BHTAD, lse_BHT = _FarAttention.apply(q_BHTD, expanded_k, expanded_v, sink_BHT, segment_ids, W, scale)
+    first_BT = first_keys(segment_ids, q_BHTD, S)
+    far_BHTAD, lse_BHT = _FarAttention.apply(q_BHTD, expanded_k, expanded_v, sink_BHT, first_BT, same_pre_BTA, W, scale)
 
     # Rows of padding have no key at all.
     band_BHTn = torch.exp(band_BHTn - lse_BHT.masked_fill(lse_BHT == -torch.inf, 0)[..., None])
     if kq_post is None:
         far_BHTD = far_BHTAD.squeeze(3)
     else:
-        same_BTA = same_segment(segment_ids, T, post_lags)
-        far_BHTD = add_lags(far_BHTAD, same_BTA)
+        far_BHTD = add_lags(far_BHTAD, same_post_BTA)
         n_out = post_lags - 1 + W + post_reach
-        band_BHTn = convolve_band(band_BHTn, kq_post, n_out, same_BTA)
+        band_BHTn = convolve_band(band_BHTn, kq_post, n_out, same_post_BTA)
         if segment_ids is not None:
             band_BHTn = band_BHTn * near_keys(segment_ids, T, S, n_out, q_BHTD.device)
     return (far_BHTD + band_apply(band_BHTn, v_BHSD)).to(q_BHTD.dtype)
