@@ -244,7 +244,7 @@ def test_two_processes_train_the_model_of_one(how, tmp_path):
     arguments = ["--arm", "first_mta", "--seed", "7"]
     settings = ["n_test=4", "steps=6", "batch_size=8", "n_dev=4", "eval_every=3", "model.hidden_size=32"]
     script = {"replicated": ["-m", "papers.mta.train"], "sharded": ["tests/papers/mta/sharded_train.py"]}[how]
-    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
     for out, command in (("one", ["-m", "papers.mta.train"]), ("two", [*torchrun, *script])):
         command = [sys.executable, *command, *arguments, "--out", str(tmp_path / out), *settings]
