@@ -235,6 +235,8 @@ def save_checkpoint(target: Path, model, tokenizer, weights: dict) -> None:
     new, old = Path(f"{target}.new"), Path(f"{target}.old")
     for path in (new, old):
         shutil.rmtree(path, ignore_errors=True)
+    # Gathered from shards, tied weights no longer are one tensor: save them once all the same.
+    weights = {name: weight for name, weight in weights.items() if name not in model.all_tied_weights_keys}
     model.save_pretrained(new, state_dict=weights)
     tokenizer.save_pretrained(new)
     if target.exists():
