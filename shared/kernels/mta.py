@@ -63,7 +63,7 @@ def mta_attention(
             "auto": "triton" where `triton_fits`, else "chunked".
 
     Returns:
-        (B, H, T, D) in q's dtype.
+        (B, H, T, channels of v) in q's dtype.
 
     Raises:
         ValueError: shapes, dtypes or options do not fit; the message says which and what would.

@@ -127,10 +127,11 @@ def shift_rows(x_BHTn: torch.Tensor, n_lags: int, same_BTA: torch.Tensor | None)
 
 def add_lags(x_BHTAD: torch.Tensor, same_BTA: torch.Tensor | None) -> torch.Tensor:
     """(B, H, T, D) in at least fp32: y[r] = sum over a of x[r - a, a], absent as in `shift_rows`."""
-    T, n_lags = x_BHTAD.shape[2:4]
-    y_BHTD = _wide(x_BHTAD[:, :, :, 0])
-    for a in range(1, min(n_lags, T)):
-        part_BHTD = F.pad(x_BHTAD[:, :, : T - a, a], (0, 0, a, 0))
+    # One unbind rather than c_q selections, each of which would have a gradient of x's size.
+    first_BHTD, *others = x_BHTAD.unbind(3)
+    y_BHTD = _wide(first_BHTD)
+    for a, part_BHTD in enumerate(others[: x_BHTAD.shape[2] - 1], start=1):
+        part_BHTD = F.pad(part_BHTD, (0, 0, a, -a))
         y_BHTD = y_BHTD + (part_BHTD if same_BTA is None else part_BHTD * same_BTA[:, None, :, a, None])
     return y_BHTD
 

@@ -323,9 +323,11 @@ class _FarAttention(torch.autograd.Function):
     def backward(ctx, do, dlse):
         q, k, v, sink, first_BT, same_BTA, o, lse = ctx.saved_tensors
         far = _Far(q, k, v, first_BT, ctx.W, ctx.scale)
-        (B, H, T, _), (KH, S, CQ), VH = q.shape, k.shape[1:4], v.shape[1]
+        (B, H, T, D), (KH, S, CQ), (VH, _, CV) = q.shape, k.shape[1:4], v.shape[1:4]
         do = do.contiguous()
-        delta = (do.float() * o.float()).sum((-1, -2)) - dlse
+        delta = -dlse
+        for c in range(CV):
+            delta = delta + (do[:, :, :, c].float() * o[:, :, :, c].float()).sum(-1)
         past_q = shift_rows(q, CQ, same_BTA).flatten(3)
         dq = torch.zeros_like(q, dtype=torch.float32)
         # Keys that are far from no query are in no panel.
@@ -334,11 +336,9 @@ class _FarAttention(torch.autograd.Function):
             here, n_cols = slice(*cols), cols[1] - cols[0]
             row0 = max(0, cols[0] + ctx.W - (S - T))
             p, ds = far.maps(lse, (row0, T), cols, do, delta)
-            dv[:, :, here] = _multiply_panel_transposed(p, do[:, :, row0:].flatten(3), VH, n_cols).view_as(
-                dv[:, :, here]
-            )
+            dv[:, :, here] = _multiply_panel_transposed(p, do[:, :, row0:].flatten(3), VH, n_cols).unflatten(3, (CV, D))
             del p
-            dk[:, :, here] = _multiply_panel_transposed(ds, past_q[:, :, row0:], KH, n_cols).view_as(dk[:, :, here])
+            dk[:, :, here] = _multiply_panel_transposed(ds, past_q[:, :, row0:], KH, n_cols).unflatten(3, (CQ, D))
             g = _multiply_panel(ds, k[:, :, here].flatten(3))
             if CQ == 1:
                 dq[:, :, row0:] += g
@@ -367,7 +367,6 @@ def mta_triton_kq(q_BHTD, k_BGSD, v_BGSD, *, kq_pre, kq_post, segment_ids, scale
     pre_lags, pre_reach = (kq_pre.shape[1], kq_pre.shape[2] // 2) if kq_pre is not None else (1, 0)
     post_lags, post_reach = (kq_post.shape[1], kq_post.shape[2] // 2) if kq_post is not None else (1, 0)
     W = max(1, pre_lags - 1 + pre_reach, post_reach)
-
     same_pre_BTA, same_post_BTA = (same_segment(segment_ids, T, lags) for lags in (pre_lags, post_lags))
 
     # Logits of the W newest keys of each query.

@@ -227,7 +227,7 @@ class _Scores(torch.autograd.Function):
     def backward(ctx, dx):
         q, k, hidden = ctx.saved_tensors
         (B, _, _, D), (G, C) = q.shape, k.shape[1:3]
-        dx = dx.to(q.dtype).masked_fill_(hidden, 0).view(B, G, -1, C)
+        dx = dx.to(q.dtype, copy=True).masked_fill_(hidden, 0).view(B, G, -1, C)
         dq = (dx @ k).view_as(q) * ctx.scale
         return dq, dx.transpose(-1, -2) @ q.view(B, G, -1, D) * ctx.scale, None, None, None
 

@@ -108,8 +108,8 @@ def triton_tiles(triton_modules, monkeypatch):
     monkeypatch.setattr(maps, "CONV_ROWS", 16)
     monkeypatch.setattr(maps, "CONV_GRAD_ROWS", 16)
     monkeypatch.setattr(maps, "CONV_GRAD_LAGS", 2)
-    monkeypatch.setattr(mta_chunked, "BLOCK_ELEMENTS", {})
-    monkeypatch.setattr(mta_chunked, "BLOCK_ELEMENTS_GPU", 1)
+    monkeypatch.setattr(mta_chunked, "CPU_BLOCK", 1)
+    monkeypatch.setattr(mta_chunked, "GPU_BLOCK", 1)
     monkeypatch.setattr(mta_chunked, "MIN_ROWS", 20)
     monkeypatch.setattr(norm, "PROGRAMS", 3)
     monkeypatch.setattr(norm, "ROWS", 8)
@@ -121,5 +121,5 @@ def small_blocks(monkeypatch):
     """Blocks of 3 query rows of one sequence."""
     from shared.kernels import mta_chunked
 
-    monkeypatch.setattr(mta_chunked, "BLOCK_ELEMENTS", {"cpu": 1})
+    monkeypatch.setattr(mta_chunked, "CPU_BLOCK", 1)
     monkeypatch.setattr(mta_chunked, "MIN_ROWS", 3)

@@ -95,7 +95,8 @@ def call(dtype, names, H=16, G=4, T=160, S=160, D=128, c_q=6, c_k=11, segments=F
 KQ, ALL = ("kq_pre", "kq_post"), ("kq_pre", "kq_post", "head_pre", "head_post")
 SCENARIOS = {
     "bf16 key-query": lambda: call(torch.bfloat16, KQ),
-    "bf16 key-query before the softmax": lambda: call(torch.bfloat16, KQ[:1], D=64, segments=True),
+    "bf16 key-query before the softmax": lambda: call(torch.bfloat16, KQ[:1]),
+    "bf16 key-query, D=64": lambda: call(torch.bfloat16, KQ, D=64, segments=True),
     "bf16 all": lambda: call(torch.bfloat16, ALL, H=10, G=10, D=96),
     "fp32 key-query": lambda: call(torch.float32, KQ[:1]),
     "fp32 all": lambda: call(torch.float32, ALL, D=64),
