@@ -1,0 +1,148 @@
+"""TRL and transformers trainers inside a stage (`Run`): one log, one way to resume, one kind of checkpoint."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+# TRL reports each trainer that is made to the hub, over the network.
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+import torch
+from accelerate.utils import broadcast_object_list
+from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers.trainer_callback import PrinterCallback
+
+from shared.experiments.run import SAVE_SHARE, Run
+
+TRAINER = "trainer"  # the trainer's directory in the run's
+
+
+def trainer_options(run: Run, **options: Any) -> dict[str, Any]:
+    """Keyword arguments for any config of transformers or TRL; `options` are added to them or replace them.
+
+    Float32 without gradient checkpointing (TRL's defaults are bf16 with it) on whatever device there is, a log row at
+    each step, no reports to other services, no checkpoints but those of `fit`.
+    """
+    return {
+        "output_dir": str(run.dir / TRAINER),
+        "use_cpu": not torch.cuda.is_available(),
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "seed": run.seed,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        **options,
+    }
+
+
+def fit(trainer: Trainer, run: Run, save_every: float = 20.0) -> None:
+    """`trainer.train()`, logged to the run and resumable.
+
+    A run that was killed goes on from its last state and ends with the numbers of one that was not. Needs the options
+    of `trainer_options`. Only models that training started from must be made before; what the trainer keeps beside
+    model, optimizer, scheduler and random state it must save and load with its checkpoints itself.
+
+    Args:
+        save_every: seconds between states, more if saving is slow.
+    """
+    directory = Path(trainer.args.output_dir)
+    state = run.load_state()
+    resume = directory / state["checkpoint"] if state else None
+    if run.is_main_process:
+        _remove_checkpoints(directory, keep=resume)
+    trainer.accelerator.wait_for_everyone()
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(_RunCallback(trainer, run, save_every))
+    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    trainer.accelerator.wait_for_everyone()
+    if run.is_main_process:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def save_policy(trainer: Trainer, tokenizer, run: Run) -> None:
+    """Writes run.checkpoint, an ordinary Hugging Face checkpoint of the trainer's model, whole or not at all."""
+    new = Path(f"{run.checkpoint}.new")
+    if run.is_main_process:
+        shutil.rmtree(new, ignore_errors=True)
+    trainer.save_model(str(new))
+    trainer.accelerator.wait_for_everyone()
+    if run.is_main_process:
+        (new / "training_args.bin").unlink(missing_ok=True)  # holds absolute paths, and is not part of the policy
+        tokenizer.save_pretrained(new)
+        shutil.rmtree(run.checkpoint, ignore_errors=True)
+        new.rename(run.checkpoint)
+    trainer.accelerator.wait_for_everyone()
+
+
+def copy_policy(source: Path | str, run: Run) -> None:
+    """Writes run.checkpoint as a copy of the checkpoint in `source`: the arm that does not train."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if not run.is_main_process:
+        return
+    new = Path(f"{run.checkpoint}.new")
+    shutil.rmtree(new, ignore_errors=True)
+    AutoModelForCausalLM.from_pretrained(source, dtype="auto").save_pretrained(new)
+    AutoTokenizer.from_pretrained(source).save_pretrained(new)
+    shutil.rmtree(run.checkpoint, ignore_errors=True)
+    new.rename(run.checkpoint)
+
+
+def load_policy(source: Path | str, **options: Any) -> tuple[PreTrainedModel, Any]:
+    """Model, in float32 unless `options` name another dtype, and tokenizer of a checkpoint directory or hub name."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return AutoModelForCausalLM.from_pretrained(source, **{"dtype": torch.float32, **options}), tokenizer
+
+
+class _RunCallback(TrainerCallback):
+    """Log rows and states of a trainer go to the run."""
+
+    def __init__(self, trainer: Trainer, run: Run, save_every: float):
+        self.trainer, self.run, self.save_every = trainer, run, save_every
+        self.save_seconds = 0.0
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        numbers = {k: v for k, v in (logs or {}).items() if isinstance(v, Real) and k not in ("epoch", "step")}
+        # The trainer's last row only sums up (runtime and the like).
+        if numbers and "train_runtime" not in numbers:
+            rounded = {
+                key: value if isinstance(value, int) else float(f"{value:.6g}") for key, value in numbers.items()
+            }
+            self.run.log(state.global_step, state.max_steps, **rounded)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        due = self.run.due(max(self.save_every, SAVE_SHARE * self.save_seconds))
+        if self.trainer.accelerator.num_processes > 1:  # saving is a joint effort: rank 0's clock decides
+            due = broadcast_object_list([due])[0]
+        if due and state.global_step < state.max_steps:
+            self.begun = time.monotonic()
+            control.should_save = True
+        return control
+
+    def on_save(self, args, state, control, **kwargs) -> None:
+        name = f"checkpoint-{state.global_step}"
+        self.trainer.accelerator.wait_for_everyone()
+        # From here on the new checkpoint counts, and the old one is of no use.
+        self.run.save_state({"checkpoint": name})
+        if self.run.is_main_process:
+            _remove_checkpoints(Path(args.output_dir), keep=Path(args.output_dir) / name)
+        self.save_seconds = time.monotonic() - self.begun
+
+
+def _remove_checkpoints(directory: Path, keep: Path | None) -> None:
+    for path in directory.glob("checkpoint-*"):
+        if path != keep:
+            shutil.rmtree(path)
