@@ -26,7 +26,7 @@ from pathlib import Path
 
 from shared.experiments.errors import UserError, unknown
 
-READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+FILES = (".jsonl", ".json", ".parquet")
 
 
 @dataclass(frozen=True)
@@ -141,27 +141,28 @@ def _read(name: str, dataset: PromptSet, split: str, source: str | Path | None):
     hub, split = dataset.hub, dataset.splits[split]
     path = None if source is None else Path(source)
     if path is not None and not path.exists():
-        if path.suffix in READERS or path.is_absolute() or str(source).startswith((".", "~")):
+        if path.suffix in FILES or path.is_absolute() or str(source).startswith((".", "~")):
             raise UserError(f"{name}: no such file or directory: {path}; {_remedy(dataset)}")
         hub, path = str(source), None
     if path is not None and path.is_dir() and dataset.file and (path / dataset.file).exists():
         path /= dataset.file
-    if path is not None and path.is_file() and path.suffix not in READERS:
-        raise UserError(f"{name}: cannot read {path}: the name of a data file ends with {', '.join(READERS)}")
+    if path is not None and path.is_file() and path.suffix not in FILES:
+        raise UserError(f"{name}: cannot read {path}: the name of a data file ends with {', '.join(FILES)}")
     if path is None and hub is None:
         raise UserError(f"{name} is not on the hub: give it as source; {_remedy(dataset)}")
 
-    from datasets import load_dataset
+    from datasets import Dataset, load_dataset
 
     try:
         if path is not None and path.is_file():
-            return load_dataset(READERS[path.suffix], data_files=str(path), split="train")
+            # Not load_dataset("json", ...), which calls the hub even for local files, to count loads.
+            return Dataset.from_parquet(str(path)) if path.suffix == ".parquet" else Dataset.from_json(str(path))
         if path is not None:
             return load_dataset(str(path), split=split)
         if dataset.file:
             # By its address: as a repository, those with loading scripts are refused.
             address = f"hf://datasets/{hub}/{dataset.file}"
-            return load_dataset(READERS[Path(dataset.file).suffix], data_files=address, split="train")
+            return load_dataset("json", data_files=address, split="train")
         return load_dataset(hub, dataset.config, split=split)
     except Exception as error:  # every layer below (hub, http, arrow) has its own exceptions
         why = f"{error}: {error.__cause__}" if error.__cause__ else error
