@@ -1,7 +1,41 @@
 import signal
 
+import pytest
+
 # What a script starts in the background ignores these signals, and so do its children. Some tests stop processes with
 # them, as a person at a terminal does.
 for signum, default in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
     if signal.getsignal(signum) == signal.SIG_IGN:
         signal.signal(signum, default)
+
+
+@pytest.fixture(scope="session")
+def llama_chat(tmp_path_factory):
+    """Directory of a tiny chat model in the format of Llama 3.1: see `tests/tiny_chat.py`."""
+    from tests.tiny_chat import chat_checkpoint
+
+    return chat_checkpoint(tmp_path_factory.mktemp("llama_chat"), "llama")
+
+
+@pytest.fixture(scope="session")
+def qwen_chat(tmp_path_factory):
+    """Directory of a tiny chat model in the format of Qwen 3."""
+    from tests.tiny_chat import chat_checkpoint
+
+    return chat_checkpoint(tmp_path_factory.mktemp("qwen_chat"), "qwen")
+
+
+@pytest.fixture(scope="session")
+def reward_checkpoint(tmp_path_factory):
+    """Directory of a tiny random reward model in the format of Athene-RM-8B."""
+    from tests.tiny_chat import reward_checkpoint
+
+    return reward_checkpoint(tmp_path_factory.mktemp("reward_model"))
+
+
+@pytest.fixture(scope="session")
+def pair_checkpoint(tmp_path_factory):
+    """Directory of a tiny random classifier of pairs of texts, a ModernBERT with two outputs."""
+    from tests.tiny_chat import pair_checkpoint
+
+    return pair_checkpoint(tmp_path_factory.mktemp("pair_classifier"))
