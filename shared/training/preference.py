@@ -102,7 +102,7 @@ class PreferenceTrainer(DPOTrainer):
         reward: a callable with TRL's signature, called with the samples of a prompt next to each other.
         select: which completions of a pool make pairs.
 
-    Logged beside DPO's metrics, of each step's samples: rollout/reward; rollout/length in tokens; rollout/entropy, minus
+    Logged beside DPO's metrics, of a step's samples: rollout/reward; rollout/length in tokens; rollout/entropy, minus
     the mean log-probability of the sampled tokens (at temperature 1 an unbiased estimate of the generator's mean
     next-token entropy, in nats); rollout/usable, the share of prompts that gave a pair; rollout/truncated,
     rollout/empty and rollout/unscored, shares of the samples; rollout/staleness, steps since the last copy; and, summed
@@ -131,13 +131,11 @@ class PreferenceTrainer(DPOTrainer):
         self.rows, self.reward, self.select = rows, reward, select
         self.policy = model
         self._limits = model.config.get_text_config().vocab_size, context_length(model.config)
-        # Copies first: TRL patches the forward of its models.
-        frozen = (
-            None if args.sync_steps == 1 and not args.use_vllm else copy.deepcopy(model).eval().requires_grad_(False)
-        )
+        online = args.sync_steps == 1 and not args.use_vllm  # the policy itself samples
+        frozen = None if online else _copy(model).eval().requires_grad_(False)
         super().__init__(
             model,
-            copy.deepcopy(model) if ref_model is None else ref_model,
+            _copy(model) if ref_model is None else ref_model,
             args,
             # A row per backward pass; what is in them comes from `_prepare_inputs`.
             train_dataset=Dataset.from_dict({"index": range(args.max_steps * args.gradient_accumulation_steps)}),
@@ -417,6 +415,13 @@ class VLLMGenerator:
             for ids, rows in zip(completion_ids, logprobs, strict=True)
         ]
         return [found[k * n : (k + 1) * n] for k in range(len(prompts))]
+
+
+def _copy(model):
+    """A copy with a forward of its own: trainers patch that of their models, and a copied patch runs the original."""
+    copied = copy.deepcopy(model)
+    vars(copied).pop("forward", None)
+    return copied
 
 
 def _weights(model) -> dict[str, torch.Tensor]:
