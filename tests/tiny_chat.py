@@ -45,9 +45,9 @@ SIZES = {
     "hidden_size": 64,
     "intermediate_size": 128,
     "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 32,  # the smallest that vLLM runs on a CPU
     "max_position_embeddings": 1024,
 }
 FAMILIES = ("llama", "qwen")

@@ -1,6 +1,7 @@
 """vLLM against transformers, on the same checkpoint, on a CPU."""
 
 import importlib.util
+import json
 import os
 import signal
 import statistics
@@ -13,8 +14,12 @@ import psutil
 import pytest
 import torch
 from scipy.stats import chi2_contingency
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from shared.data.hub import load_prompts
 from shared.generation import SamplingParams, load_sampler
+from shared.rewards.verifiable import MathReward
+from shared.training.pairs import Pool, right_vs_wrong
 
 needs_vllm = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.xdist_group("vllm")]
 
@@ -149,6 +154,48 @@ class TestSampling:
         assert not any(os.path.exists(path) for path in directories)
         with pytest.raises(RuntimeError, match="this vLLM sampler is closed"):
             vllm.sample(["a"])
+
+
+class TestPools:
+    pytestmark = needs_vllm
+
+    def test_from_problems_to_pairs(self, llama_chat, tmp_path):
+        """Rows of a dataset, samples of a chat model with logprobs, rewards, pairs: what scale `paper` does offline."""
+        require_vllm()
+        problems = [{"problem": "What is 3 - 2?", "answer": "1"}, {"problem": "Solve $x-1=1$.", "answer": "$x=2$"}]
+        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in problems))
+        rows = load_prompts("math500", "test", source=tmp_path / "rows.jsonl", template="{prompt} Use \\boxed{}.")
+        with load_sampler("vllm", llama_chat) as sampler:
+            params = SamplingParams(max_new_tokens=40, logprobs=True)
+            samples = sampler.sample([row["prompt"] for row in rows], 16, params)
+
+        model = AutoModelForCausalLM.from_pretrained(llama_chat).eval()
+        tokenizer = AutoTokenizer.from_pretrained(llama_chat)
+        ends = set(model.generation_config.eos_token_id)
+        for row, completions in zip(rows, samples, strict=True):
+            prompt = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=False)
+            assert prompt.count(tokenizer.bos_token_id) == 1
+            for completion in completions:
+                with torch.no_grad():
+                    logits_TV = model(torch.tensor([prompt + completion.token_ids])).logits[0]
+                logprobs_TV = logits_TV[len(prompt) - 1 : -1].log_softmax(-1)
+                expected = logprobs_TV.gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0]
+                np.testing.assert_allclose(completion.logprobs, expected, atol=1e-3)
+                assert (completion.finish_reason == "stop") == (completion.token_ids[-1] in ends)
+                assert "<|" not in completion.text
+
+        reward = MathReward()
+        for row, completions in zip(rows, samples, strict=True):
+            texts = [[{"role": "assistant", "content": completion.text}] for completion in completions]
+            rewards = reward([row["prompt"]] * 16, texts, answer=[row["answer"]] * 16)
+            right = f"\\boxed{{{row['answer'].strip('$x=')}}}"
+            for completion, value in zip(completions, rewards, strict=True):
+                if "\\boxed" in completion.text:
+                    assert value == (right in completion.text)
+            [(chosen, rejected)] = right_vs_wrong(Pool(row, completions, rewards))
+            assert rewards[chosen] == 1
+            assert rewards[rejected] == 0
+        assert reward.counts["rows"] == 32
 
 
 def test_without_vllm_the_error_says_how_to_install_it(checkpoint, monkeypatch):
