@@ -1,0 +1,129 @@
+"""Every setting of the DivPO experiments; configs/SCALE.yaml and the arms in paper.yaml fill it in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from shared.experiments.config import capped
+
+CHOICES = {
+    "task": ("persona", "keywords", "instruct"),
+    "method": ("base", "sft", "dpo", "divpo"),
+    "criterion": ("probability", "frequency", "overlap", "llm"),
+    "rho_mode": ("range", "quantile"),
+    "lr_schedule": ("constant", "cosine"),
+    "sampler": ("transformers", "vllm"),
+    "reward_model_kind": ("classifier", "armo"),
+}
+
+
+@dataclass
+class Config:
+    # ---- task ----
+    task: str = "persona"
+    """persona (JSON of one fixed prompt, rule reward), keywords (five for a story's title) or instruct (WildChat)."""
+    n_values: int = 100
+    """persona: values of each attribute."""
+    n_topics: int = 12
+    n_words: int = 30
+    """keywords: words of each topic."""
+    n_styles: int = 10
+    train_prompts: int | None = capped(None, smoke=40)
+    """keywords and instruct: most prompts to train on."""
+    test_prompts: int = capped(60, smoke=5)
+    prompts: str | None = None
+    """instruct: where WildChat is, a directory, file or hub dataset with its columns. None: the hub."""
+
+    # ---- method ----
+    method: str = "divpo"
+    """base (no training), sft (on the best sample), dpo (best against worst) or divpo."""
+    online: bool = True
+    """Sample from the policy itself at each step; otherwise from the starting policy throughout."""
+    criterion: str = "probability"
+    """What DivPO calls diverse: low probability, low word frequency, low overlap with the other candidates, or what a
+    language model says (llm: `judge_model`)."""
+    rho: float = 0.3
+    """Width of the good enough and of the bad rewards, as a share of their range; see method.quality_sets."""
+    rho_mode: str = "range"
+    allow_all_equal: bool = False
+    """Whether samples with all the same reward give a pair."""
+    beta: float = 0.1
+    nll_weight: float = 0.0
+    """Weight of the chosen response's negative log-likelihood per token beside the DPO loss."""
+
+    # ---- optimization ----
+    steps: int = capped(160, smoke=3)
+    prompts_per_step: int = capped(32, smoke=4)
+    """Pools per optimizer step; each gives a pair at most."""
+    num_generations: int = capped(16, smoke=4)
+    """N: samples of a pool."""
+    micro_batch_size: int | None = None
+    """Pools per process and backward pass; default: all that a process has of a step."""
+    lr: float = 3e-4
+    lr_schedule: str = "constant"
+    """After the warm-up: constant, or cosine to a fifth."""
+    warmup_steps: int = 0
+    beta2: float = 0.999
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    bf16: bool = False
+    gradient_checkpointing: bool = False
+
+    # ---- models ----
+    model: str | None = None
+    """The policy that training starts from: an instruct model's directory or hub id. None: a Llama of the sizes below,
+    trained on the generated world's author first."""
+    layers: int = 2
+    width: int = 64
+    heads: int = 4
+    sft_steps: int = capped(500, smoke=60)
+    sft_batch_size: int = 128
+    sft_lr: float = 3e-3
+    sft_examples: int = capped(20_000, smoke=2000)
+    least_competence: float = capped(0.5, smoke=0.0)
+    """Least share of valid samples that the policy must have before the arms part."""
+    reward_model: str | None = None
+    """keywords and instruct at paper scale: directory or hub id."""
+    reward_model_kind: str = "classifier"
+    """classifier (one output; Athene) or armo (ArmoRM's 19 objectives and gate)."""
+    judge_model: str | None = None
+    judge_backend: str = "openai"
+    judge_url: str | None = None
+    """openai: the server's address."""
+
+    # ---- sampling ----
+    sampler: str = "transformers"
+    max_new_tokens: int = 14
+    generation_batch_size: int = 1024
+
+    # ---- evaluation ----
+    n_samples: int = capped(1000, smoke=40)
+    """persona: samples of the prompt, more if too few of them are valid."""
+    unique_first: int = capped(100, smoke=1)
+    """persona: the number of valid samples among which values are counted. Shares of unique values fall as it grows."""
+    samples_per_prompt: int = capped(16, smoke=4)
+    """keywords and instruct."""
+    temperatures: list[float] = field(default_factory=list)
+    """Temperatures to evaluate beside 1."""
+    matched_unique: float | None = None
+    """keywords: number of unique words at which to compare rewards along the arm's temperatures."""
+    stories: bool = False
+    """keywords with `model`: that model writes a story for each set of keywords."""
+    story_tokens: int = capped(512, smoke=16)
+
+    def __post_init__(self) -> None:
+        for name, valid in CHOICES.items():
+            if getattr(self, name) not in valid:
+                raise ValueError(f"{name}: {getattr(self, name)!r} is not one of {', '.join(valid)}")
+        if not 0 <= self.rho <= 0.5:
+            raise ValueError(f"rho: {self.rho} is not between 0 and 0.5")
+        if self.num_generations < 2:
+            raise ValueError("num_generations: a pair needs at least 2 samples")
+        if self.task == "instruct" and not (self.model and self.reward_model):
+            raise ValueError("task instruct needs model and reward_model")
+        if self.task == "keywords" and self.model and not self.reward_model:
+            raise ValueError("task keywords needs a reward_model where the policy is a pretrained model")
+        if self.criterion == "llm" and self.method == "divpo" and not self.judge_model:
+            raise ValueError("criterion llm needs a judge_model")
+        if self.stories and not (self.model and self.task == "keywords"):
+            raise ValueError("stories needs task keywords and a model to write them")

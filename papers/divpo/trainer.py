@@ -1,0 +1,39 @@
+"""The trainer of every arm: DPO on its own samples, with pairs that are selected for all prompts at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from papers.divpo.config import Config
+from papers.divpo.method import all_equal, rewards_of
+from papers.divpo.tasks import rollout_diversity
+from shared.training.pairs import Pairs, Pool
+from shared.training.preference import PreferenceTrainer
+
+
+class DivPOTrainer(PreferenceTrainer):
+    """Logged beside the rest, of each step: rollout/unique, the diversity of its samples (`rollout_diversity`), and
+    rollout/equal, the share of its prompts whose samples all have the same reward.
+
+    Args:
+        select_all: the pairs of each of many pools.
+        others: of `PreferenceTrainer`, but for `select`.
+    """
+
+    def __init__(self, *args, config: Config, select_all: Callable[[Sequence[Pool]], list[Pairs]], **others):
+        self.config, self.select_all = config, select_all
+        super().__init__(*args, select=lambda pool: [], **others)
+
+    def make_pools(self, indices: Sequence[int], seed: int) -> list[Pool]:
+        pools = super().make_pools(indices, seed)
+        return [replace(pool, pairs=pairs) for pool, pairs in zip(pools, self.select_all(pools), strict=True)]
+
+    def _log_rollouts(self, pools: Sequence[Pool]) -> None:
+        super()._log_rollouts(pools)
+        metrics = self._metrics["train"]
+        metrics["rollout/equal"].append(float(np.mean(all_equal(rewards_of(pools)))))
+        if (unique := rollout_diversity(self.config, pools)) is not None:
+            metrics["rollout/unique"].append(unique)
