@@ -55,6 +55,23 @@ def code_files(script: Path, root: Path = ROOT) -> list[Path]:
     return sorted(found)
 
 
+def imported_modules(script: Path, root: Path = ROOT) -> set[str]:
+    """Every module, of this repository or not, that `code_files(script)` import, also inside functions."""
+    root = root.resolve()
+    return {
+        module
+        for path in code_files(script, root)
+        if path.suffix == ".py"
+        for module in _references(path, root, path.stat().st_mtime_ns)[0]
+    }
+
+
+def imports(path: Path, root: Path = ROOT) -> tuple[str, ...]:
+    """The modules that one file imports, also inside functions."""
+    path = path.resolve()
+    return _references(path, root.resolve(), path.stat().st_mtime_ns)[0]
+
+
 @functools.cache
 def _references(path: Path, root: Path, mtime: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The modules that `path` imports, and its string literals that look like a data file's name."""

@@ -1,4 +1,4 @@
-"""`make publish`: a finished run's results become the committed reference; and the table of papers in papers/README.md.
+"""`make publish`: a finished run's results become the committed reference; and the tables in papers/README.md.
 
 Published results can be made again from what is committed: every run and figure asked for is there, and comes from the
 code and configs that are committed now, without overrides.
@@ -13,7 +13,7 @@ from pathlib import Path
 from shared.experiments import files
 from shared.experiments.claims import VERDICTS
 from shared.experiments.errors import UserError, unknown
-from shared.experiments.keys import code_files
+from shared.experiments.keys import code_files, imports
 from shared.experiments.paper import PAPERS, Paper, load_paper, paper_names
 from shared.experiments.report import write_report
 from shared.experiments.reproduce import Request, plan, plot_job
@@ -23,7 +23,7 @@ from shared.experiments.site import JUDGED_SCALES, published_dir
 from shared.plotting import MAX_PNG_BYTES
 
 MIN_TINY_SEEDS = 3
-BEGIN, END = "<!-- papers:begin -->", "<!-- papers:end -->"
+MACHINERY = "experiments"  # every paper uses it
 
 
 def publish(paper: Paper, scale: str) -> Path:
@@ -86,8 +86,19 @@ def index_table(papers: Path = PAPERS) -> str:
     return "\n".join(rows)
 
 
+def parts_table(papers: Path = PAPERS) -> str:
+    """The Markdown table of what each paper's own modules import from shared/, package by package."""
+    used = {name: _shared_modules(papers / name) for name in paper_names(papers)}
+    packages = sorted({package for modules in used.values() for package, _ in modules} - {MACHINERY})
+    rows = ["| paper | " + " | ".join(packages) + " |", "|---|" + "---|" * len(packages)]
+    for name, modules in used.items():
+        cells = [", ".join(sorted(module or "✓" for p, module in modules if p == package)) for package in packages]
+        rows.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
 def write_index(papers: Path = PAPERS) -> bool:
-    """Puts the table between its markers in papers/README.md; whether that changed anything.
+    """Puts the tables between their markers in papers/README.md; whether that changed anything.
 
     Raises:
         UserError: the file or its markers are missing.
@@ -100,10 +111,10 @@ def write_index(papers: Path = PAPERS) -> bool:
 
 
 def check_index(papers: Path = PAPERS) -> None:
-    """Raises UserError if the table in papers/README.md is not what the paper.yaml files and results give."""
+    """Raises UserError if the tables in papers/README.md are not what the papers' files and results give."""
     old, new = _readme(papers)
     if new != old:
-        raise UserError(f"{papers / 'README.md'}: the table of papers is out of date: run `make report` and commit it")
+        raise UserError(f"{papers / 'README.md'}: its tables are out of date: run `make report` and commit it")
 
 
 def _unfinished(paper: Paper, scale: str, arms: list[str], seeds: list[int]) -> list[str]:
@@ -161,12 +172,31 @@ def _status(paper: Paper, scale: str) -> str:
     return ", ".join(f"{counts[verdict]} {verdict}" for verdict in VERDICTS if counts[verdict])
 
 
+def _shared_modules(directory: Path) -> set[tuple[str, str]]:
+    """(package, module) of shared/ for the imports in a paper's files; the module is "" for the package itself."""
+    found = set()
+    for path in directory.glob("*.py"):
+        for module in imports(path, directory.parents[1]):
+            top, _, inner = module.partition(".")
+            package, _, name = inner.partition(".")
+            if top == "shared" and package and (directory.parents[1] / "shared" / package).is_dir():
+                here = directory.parents[1] / "shared" / package / f"{name}.py"
+                if not name or here.is_file():
+                    found.add((package, name))
+    with_modules = {package for package, name in found if name}
+    return {(package, name) for package, name in found if name or package not in with_modules}
+
+
 def _readme(papers: Path) -> tuple[str, str]:
     """papers/README.md as it is and as it should be."""
     readme = papers / "README.md"
     old = readme.read_text(encoding="utf-8") if readme.is_file() else ""
-    before, begin, rest = old.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise UserError(f"{readme}: needs the lines {BEGIN} and {END}, between which the table of papers goes")
-    return old, f"{before}{BEGIN}\n{index_table(papers)}\n{END}{after}"
+    new = old
+    for name, table in (("papers", index_table), ("shared", parts_table)):
+        begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+        before, found_begin, rest = new.partition(begin)
+        _, found_end, after = rest.partition(end)
+        if not found_begin or not found_end:
+            raise UserError(f"{readme}: needs the lines {begin} and {end}, between which a table goes")
+        new = f"{before}{begin}\n{table(papers)}\n{end}{after}"
+    return old, new

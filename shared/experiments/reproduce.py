@@ -18,12 +18,13 @@ from rich.table import Table
 
 from shared.experiments import files, provenance
 from shared.experiments.errors import UserError, unknown
-from shared.experiments.keys import stage_key
+from shared.experiments.keys import imported_modules, stage_key
 from shared.experiments.paper import ROOT, SCALES, Paper, load_paper, paper_names
 from shared.experiments.progress import Display, duration
-from shared.experiments.resources import Resources, load_resources, slots, stage_command
+from shared.experiments.resources import Resources, load_resources, slots, stage_command, visible_gpus
 from shared.experiments.run import EXIT_USER_ERROR, resolve_config, run_key
 from shared.experiments.scheduler import DONE, Interrupted, Job, Stage, run_jobs
+from shared.experiments.warm import heavy_modules
 
 LAUNCHERS = ("local", "slurm")
 VARIABLES = ("PAPER", "SCALE", "ARMS", "SEEDS", "JOBS", "FORCE", "LAUNCH", "SET")
@@ -207,7 +208,21 @@ def plan(request: Request) -> list[Job]:
     paper = request.paper
     config_class = _config_class(paper)
     configs = {arm: resolve_config(paper, config_class, request.scale, arm, request.overrides) for arm in request.arms}
-    return [_run_job(request, arm, seed, configs[arm]) for seed in request.seeds for arm in request.arms]
+    warm = _warm_modules(request)
+    # The first arm goes first with every seed: where arms start from one policy, it makes that, and they do not wait.
+    first, others = request.arms[:1], request.arms[1:]
+    order = [*((arm, seed) for arm in first for seed in request.seeds)]
+    order += [(arm, seed) for seed in request.seeds for arm in others]
+    return [_run_job(request, arm, seed, configs[arm], warm) for arm, seed in order]
+
+
+def _warm_modules(request: Request) -> tuple[str, ...]:
+    """What the stages' processes can have imported before they start; nothing where they may use a GPU."""
+    if visible_gpus() or request.resources.accelerate is not None or request.launch != "local":
+        return ()
+    paper = request.paper
+    modules = [imported_modules(paper.directory / f"{name}.py", paper.root) for name in ("train", "eval")]
+    return tuple(heavy_modules(set().union(*modules)))
 
 
 def _config_class(paper: Paper) -> type:
@@ -220,7 +235,7 @@ def _config_class(paper: Paper) -> type:
     return config_class
 
 
-def _run_job(request: Request, arm: str, seed: int, config: object) -> Job:
+def _run_job(request: Request, arm: str, seed: int, config: object, warm: tuple[str, ...]) -> Job:
     paper = request.paper
     directory = paper.runs(request.scale) / arm / str(seed)
     where = ["--scale", request.scale, "--arm", arm, "--seed", str(seed), "--out", str(directory)]
@@ -228,7 +243,8 @@ def _run_job(request: Request, arm: str, seed: int, config: object) -> Job:
     for name in ("train", "eval"):
         key = trained = run_key(paper, name, config, arm, seed, trained)
         command = stage_command(paper, name, request.resources, [*where, *request.overrides])
-        stages.append(Stage(name, tuple(command), key, directory / f"{name}.json", directory / f"{name}.out"))
+        record, out = directory / f"{name}.json", directory / f"{name}.out"
+        stages.append(Stage(name, tuple(command), key, record, out, warm=warm))
     return Job(arm, seed, directory, stages)
 
 

@@ -16,6 +16,7 @@ from shared.experiments import files
 from shared.experiments.errors import UserError
 from shared.experiments.progress import Display
 from shared.experiments.run import die_with_parent
+from shared.experiments.warm import Fork, WarmProcess
 
 POLL_SECONDS = 0.1
 GRACE_SECONDS = 10.0
@@ -41,6 +42,9 @@ class Stage:
     record: Path  # a JSON file whose "key" is `key` once the stage is done
     out: Path  # what it prints
     writes_record: bool = True  # else the scheduler does, when the command succeeds
+    warm: tuple[
+        str, ...
+    ] = ()  # modules to start from a process that has imported them; the same in all stages of a run
 
     def done(self) -> bool:
         try:
@@ -81,18 +85,19 @@ def run_jobs(jobs: Sequence[Job], slots: Sequence[Mapping[str, str]], display: D
     """
     waiting = collections.deque(jobs)
     free = collections.deque(slots)
-    running: dict[subprocess.Popen, tuple[Job, Mapping[str, str]]] = {}
+    running: dict[subprocess.Popen | Fork, tuple[Job, Mapping[str, str]]] = {}
+    starter = Starter(slots, root)
     with signals_recorded() as received:
         try:
             while (waiting or running) and not received:
                 while waiting and free:
                     job = waiting.popleft()
-                    if process := _advance(job, free[0], display, root):
+                    if process := _advance(job, free[0], display, starter):
                         running[process] = (job, free.popleft())
                 for process in [p for p in running if p.poll() is not None]:
                     job, slot = running.pop(process)
                     _close(job, process, display)
-                    following = _advance(job, slot, display, root) if job.state == RUNNING else None
+                    following = _advance(job, slot, display, starter) if job.state == RUNNING else None
                     if following:
                         running[following] = (job, slot)
                     else:
@@ -101,11 +106,32 @@ def run_jobs(jobs: Sequence[Job], slots: Sequence[Mapping[str, str]], display: D
                 time.sleep(POLL_SECONDS)
         finally:
             stop_processes([process.pid for process in running], lambda: len(received) > 1)
+            starter.close()
         if received:
             raise Interrupted(received[0])
 
 
-def _advance(job: Job, slot: Mapping[str, str], display: Display, root: Path) -> subprocess.Popen | None:
+class Starter:
+    """Starts stages, those that name modules from one process per slot that has imported them."""
+
+    def __init__(self, slots: Sequence[Mapping[str, str]], root: Path):
+        self.slots, self.root = slots, root
+        self._warm: dict[int, WarmProcess] = {}  # by slot: equal slots have one each
+
+    def start(self, stage: Stage, slot: Mapping[str, str]) -> subprocess.Popen | Fork:
+        if not stage.warm:
+            return start(stage, slot, self.root)
+        if not self._warm:  # all at once: they import at the same time
+            self._warm = {id(slot): WarmProcess(stage.warm, slot, self.root) for slot in self.slots}
+        stage.out.parent.mkdir(parents=True, exist_ok=True)
+        return self._warm[id(slot)].start(stage.command, stage.out) or start(stage, slot, self.root)
+
+    def close(self) -> None:
+        for process in self._warm.values():
+            process.close()
+
+
+def _advance(job: Job, slot: Mapping[str, str], display: Display, starter: Starter) -> subprocess.Popen | Fork | None:
     """Starts the job's next stage; None when the job is over."""
     try:
         stage = job.next_stage()
@@ -114,7 +140,7 @@ def _advance(job: Job, slot: Mapping[str, str], display: Display, root: Path) ->
             display.job_over(job)
             return None
         job.state, job.stage, job.worked = RUNNING, stage, True
-        process = start(stage, slot, root)
+        process = starter.start(stage, slot)
     except (UserError, OSError) as error:
         job.fail(str(error))
         display.job_over(job)
@@ -123,7 +149,7 @@ def _advance(job: Job, slot: Mapping[str, str], display: Display, root: Path) ->
     return process
 
 
-def _close(job: Job, process: subprocess.Popen, display: Display) -> None:
+def _close(job: Job, process: subprocess.Popen | Fork, display: Display) -> None:
     """Judges the stage that has just ended."""
     stage = job.stage
     _signal_group(process.pid, signal.SIGKILL)  # helpers that the stage left running

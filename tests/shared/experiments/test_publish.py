@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from shared.experiments.errors import UserError
-from shared.experiments.publish import check_index, index_table, write_index
+from shared.experiments.publish import check_index, index_table, parts_table, write_index
 
+MARKERS = "<!-- papers:begin -->\n<!-- papers:end -->\n<!-- shared:begin -->\n<!-- shared:end -->"
 SCRIPT = Path(__file__).parents[3] / "scripts" / "report.py"
 
 
@@ -30,7 +31,7 @@ def toy_repo(repo, stock):
     paper = repo.toy / "paper.yaml"
     text = paper.read_text().replace("b: {arm: slow, metric: accuracy}", "constant: 0.5")
     paper.write_text("\n".join(line for line in text.splitlines() if not line.startswith("  slow:")))
-    (repo.root / "papers/README.md").write_text("# Papers\n\n<!-- papers:begin -->\n<!-- papers:end -->\n\nText.\n")
+    (repo.root / "papers/README.md").write_text(f"# Papers\n\n{MARKERS}\n\nText.\n")
     (repo.root / ".gitignore").write_text("runs\nreport\n__pycache__\n")
     git(repo, "init", "-q")
     commit(repo)
@@ -147,7 +148,7 @@ def test_the_table_is_checked_against_papers_and_results(repo):
     readme = papers / "README.md"
     with pytest.raises(UserError, match=r"README.md: needs the lines <!-- papers:begin --> and"):
         check_index(papers)
-    readme.write_text("Intro.\n<!-- papers:begin -->\n<!-- papers:end -->\n")
+    readme.write_text(f"Intro.\n{MARKERS}\n")
     with pytest.raises(UserError, match="out of date"):
         check_index(papers)
     assert write_index(papers)
@@ -160,3 +161,20 @@ def test_the_table_is_checked_against_papers_and_results(repo):
         check_index(papers)
     assert "[toy](toy/)" in index_table(papers)
     assert "A \\| cubic." in index_table(papers)
+
+
+def test_the_parts_of_shared_that_a_paper_uses(repo):
+    """Of the toy's own files, also what functions import; a package without a module of its own gets a tick."""
+    (repo.root / "shared/things").mkdir(parents=True)
+    for name in ("__init__", "one", "two"):
+        (repo.root / f"shared/things/{name}.py").write_text("")
+    (repo.root / "shared/bare").mkdir()
+    (repo.root / "shared/bare/__init__.py").write_text("value = 1\n")
+    method = repo.toy / "method.py"
+    lazy = "def lazy():\n    from shared.bare import value\n    import shared.things.two\n    return value\n"
+    method.write_text(f"from shared.things.one import x\n{method.read_text()}\n{lazy}")
+    assert parts_table(repo.root / "papers").splitlines() == [
+        "| paper | bare | things |",
+        "|---|---|---|",
+        "| toy | ✓ | one, two |",
+    ]
