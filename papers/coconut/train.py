@@ -8,6 +8,7 @@ Every arm takes the same number of optimizer steps on the same number of example
 
 from __future__ import annotations
 
+import functools
 import math
 import shutil
 from collections.abc import Iterator
@@ -137,9 +138,8 @@ def train(config: Config, run: Run) -> dict[str, float]:
 def new_optimizer(config: Config, model: torch.nn.Module) -> torch.optim.Optimizer:
     import torch
 
-    return torch.optim.AdamW(
-        model.parameters(), lr=config.lr, betas=(0.9, config.beta2), weight_decay=config.weight_decay
-    )
+    betas = (0.9, config.beta2)
+    return torch.optim.AdamW(model.parameters(), config.lr, betas, weight_decay=config.weight_decay, fused=True)
 
 
 def resets(config: Config, batches: Batches, schedule: Schedule, step: int) -> bool:
@@ -202,14 +202,18 @@ def draw_batch(
     """
     data = batches.data
     epoch, position = divmod(step, schedule.per_epoch)
-    order = np.random.default_rng([seed, 0, epoch]).permutation(len(data))
-    rows_B = order[position * config.batch_size :][: config.batch_size]
+    rows_B = epoch_order(seed, epoch, len(data))[position * config.batch_size :][: config.batch_size]
     rng = np.random.default_rng([seed, 1, step])
     if ARMS[config.method].stages == "tokens":
         return rows_B, removed_tokens(batches, schedule, step) + icot_offsets(rng, len(rows_B))
     stage = schedule.stage(step)
     mixing = config.uniform_prob if stage >= config.mix_from_stage else 0.0
     return rows_B, draw_stages(rng, stage, data.n_steps_N[rows_B], mixing, config.mix_batches)
+
+
+@functools.lru_cache(maxsize=1)
+def epoch_order(seed: int, epoch: int, n_examples: int) -> np.ndarray:
+    return np.random.default_rng([seed, 0, epoch]).permutation(n_examples)
 
 
 def removed_tokens(batches: Batches, schedule: Schedule, step: int) -> int:

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from papers.coconut import tasks
 from papers.coconut.config import Config
-from papers.coconut.data import facts_tokenizer, save_json
+from papers.coconut.data import fact_table, facts_tokenizer, save_json
+from papers.coconut.facts_model import FactEmbedding
 from papers.coconut.method import Batches, Curriculum, special_ids, tokenize_rows
 from papers.coconut.prontoqa import prontoqa_rows
 from papers.coconut.prosqa import balanced_rows, prosqa_rows
@@ -201,6 +203,87 @@ def test_facts_enter_as_the_sum_of_their_nodes():
     expected = embedding.weight[a] + embedding.destination.weight @ embedding.weight[b]
     torch.testing.assert_close(embedding(torch.tensor(fact)), expected)
     torch.testing.assert_close(embedding(torch.tensor(a)), embedding.weight[a])
+
+
+def test_the_composed_embedding_has_the_gradients_of_its_definition():
+    """In float64: the table of all tokens, looked up, against each position composed by itself."""
+    torch.manual_seed(0)
+    table = fact_table(facts_tokenizer())
+    embedding = FactEmbedding(table.tolist(), 8).double()
+    ids = torch.randint(len(table), (5, 40))
+    source, destination = (torch.from_numpy(table[ids.numpy()][..., i]) for i in (0, 1))
+    composed = embedding.weight[source] + embedding.weight[destination] @ embedding.destination.weight.T
+    expected = torch.where((source >= 0)[..., None], composed, embedding.weight[ids])
+    direction = torch.randn_like(expected)
+    parameters = list(embedding.parameters())
+    torch.testing.assert_close(embedding(ids), expected)
+    for ours, theirs in zip(
+        *(torch.autograd.grad(e, parameters, direction) for e in (embedding(ids), expected)), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs)
+
+
+# ---- rows -------------------------------------------------------------------------------------------------------
+
+
+def test_many_generated_rows_are_kept_on_the_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr(tasks, "KEPT", tmp_path)
+    monkeypatch.setattr(tasks, "KEEP_FROM", 20)
+    settings = config(task="balanced", n_train=30)
+    fresh = balanced_rows(30, "train")
+    assert tasks.load_rows(settings, "train") == fresh
+    tasks.load_rows(settings, "test")  # 12 rows: not worth it
+    (kept,) = tmp_path.iterdir()
+    made = kept.read_text()
+    monkeypatch.setattr(tasks, "_rows", lambda *_: pytest.fail("made again"))
+    assert tasks.load_rows(settings, "train") == fresh
+    monkeypatch.undo()
+    monkeypatch.setattr(tasks, "KEPT", tmp_path)
+    monkeypatch.setattr(tasks, "KEEP_FROM", 20)
+    kept.write_text(made[: len(made) // 2])
+    assert tasks.load_rows(settings, "train") == fresh
+    assert kept.read_text() == made
+
+
+@pytest.mark.parametrize("task", ["prosqa", "prontoqa", "arith", "balanced_text"])
+def test_a_vocabulary_that_does_not_depend_on_the_rows_has_all_their_words(task):
+    settings = config(task=task, n_train=150)
+    _, tokenizer = tasks.load_model(settings)
+    rows = tasks.load_rows(settings, "train")
+    assert len(tokenize_rows(rows, tokenizer)) == 150  # an unknown word is an error
+    assert len(tokenizer) == len(tasks.load_model(config(task="prosqa"))[1])
+
+
+# ---- models and checkpoints that will not do ---------------------------------------------------------------------
+
+
+def test_models_and_checkpoints_that_will_not_do(tmp_path):
+    from transformers import BertConfig, BertLMHeadModel, GPT2Config, GPT2LMHeadModel
+
+    settings = config(task="prosqa", n_train=5)
+    model, tokenizer = tasks.load_model(settings)
+    sizes = {"vocab_size": len(tokenizer), "hidden_size": 16, "num_hidden_layers": 1, "intermediate_size": 16}
+    bases = {
+        "bert": BertLMHeadModel(BertConfig(**sizes, num_attention_heads=2)),
+        "gpt2": GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2)),
+        "damaged": model,
+    }
+    for name, base in bases.items():
+        base.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    weights = tmp_path / "damaged" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+
+    def complaint(model: str | None = None, checkpoint=None) -> str:
+        with pytest.raises(UserError) as caught:
+            tasks.load_model(config(task="prosqa", model=model), checkpoint)
+        return str(caught.value)
+
+    assert complaint(str(tmp_path / "none")).startswith(f"model={tmp_path}/none: no checkpoint there")
+    assert "needs a decoder-only causal language model, got BertLMHeadModel" in complaint(str(tmp_path / "bert"))
+    assert complaint(str(tmp_path / "damaged")).startswith(f"model={tmp_path}/damaged: ")
+    assert "is not a Coconut checkpoint" in complaint(checkpoint=tmp_path / "gpt2")
+    assert complaint(checkpoint=tmp_path / "damaged").startswith(f"{tmp_path}/damaged: ")
 
 
 # ---- whole stages -------------------------------------------------------------------------------------------------
