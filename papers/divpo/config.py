@@ -106,7 +106,7 @@ class Config:
     temperatures: list[float] = field(default_factory=list)
     """Temperatures to evaluate beside 1."""
     matched_unique: float | None = None
-    """keywords: number of unique words at which to compare rewards along the arm's temperatures."""
+    """keywords: the number of unique words at which arms with `temperatures` are compared by reward."""
     stories: bool = False
     """keywords with `model`: that model writes a story for each set of keywords."""
     story_tokens: int = capped(512, smoke=16)

@@ -137,7 +137,7 @@ def evaluate_prompts(config: Config, run: Run, sampler: Sampler) -> dict[str, fl
     run.write_predictions(records)
     for name in records[0]["scores"]:
         metrics[name] = float(np.mean([record["scores"][name] for record in records]))
-    if config.matched_unique is not None:
+    if config.matched_unique is not None and config.temperatures:
         curve = [(metrics[f"unique{suffix(t)}"], metrics[f"reward{suffix(t)}"]) for t in (1.0, *config.temperatures)]
         metrics["reward_at_unique"] = reward_at(curve, config.matched_unique)
     return metrics

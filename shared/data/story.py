@@ -157,15 +157,18 @@ class StoryWorld:
     def stories(self, rows: Sequence[dict], seed: int) -> list[str]:
         """Keywords for each row as the author writes them; the same arguments always give the same."""
         rng = np.random.default_rng([seed, 1])
-        ranks = np.arange(1, len(next(iter(self.words.values()))) + 1)
+        words_TW = np.array(list(self.words.values()))
+        topics = {topic: t for t, topic in enumerate(self.words)}
+        ranks = np.arange(1, words_TW.shape[1] + 1)
         p = ranks**-self.zipf / np.sum(ranks**-self.zipf)
-        every, stories = self.all_words, []
-        for row in rows:
-            count = N_KEYWORDS if rng.random() < self.five else int(rng.choice([3, 4, 6, 7]))
-            of_topic = rng.choice(self.words[row["topic"]], size=count, p=p)
-            anywhere = rng.choice(every, size=count)
-            stories.append(" ".join(np.where(rng.random(count) < self.on_topic, of_topic, anywhere)))
-        return stories
+        most = 7
+        shape = (len(rows), most)
+        counts_R = np.where(rng.random(len(rows)) < self.five, N_KEYWORDS, rng.choice([3, 4, 6, most], len(rows)))
+        topic_R1 = np.array([[topics[row["topic"]]] for row in rows], dtype=int).reshape(-1, 1)
+        of_topic_RK = words_TW[topic_R1, rng.choice(len(ranks), shape, p=p)]
+        anywhere_RK = rng.choice(words_TW.ravel(), shape)
+        drawn_RK = np.where(rng.random(shape) < self.on_topic, of_topic_RK, anywhere_RK)
+        return [" ".join(words[:count]) for words, count in zip(drawn_RK.tolist(), counts_R.tolist(), strict=True)]
 
     def quality(self, topic: str, text: str) -> float:
         """0 unless `text` has exactly five words; else the mean over its words of 1 - .3 r / n_words for the topic's
