@@ -23,6 +23,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from shared.experiments.errors import UserError, unknown
 
@@ -100,22 +101,18 @@ def load_prompts(
     dropped: Counter[str] = Counter()
     shuffled = random.Random(f"{name}/{seed}").sample
     if limit is None or dataset.held_out:
-        rows = list(_rows(name, dataset, label, enumerate(table), keep, dropped))
+        found = list(_converted(name, dataset, label, enumerate(table), template, dropped))
         if dataset.held_out:
-            rows = _part(rows, split, dataset.held_out)
+            found = _part(found, split, dataset.held_out)
+        found = list(_kept(found, keep, dropped))
         if limit is not None:
-            rows = [rows[i] for i in sorted(shuffled(range(len(rows)), len(rows))[:limit])]
+            found = shuffled(found, len(found))[:limit]
     else:  # only as many rows are read as it takes: some of these datasets have a million
-        order = shuffled(range(len(table)), len(table))
-        found = _rows(name, dataset, label, ((i, table[i]) for i in order), keep, dropped)
-        rows = sorted((row for _, row in zip(range(limit), found, strict=False)), key=lambda row: row["row"])
-    _report(label, len(table), rows, dropped, limit)
-
-    for row in rows:
-        del row["row"]
-        text = row.pop("text")
-        row["prompt"] = [{"role": "user", "content": template.replace("{prompt}", text)}]
-    return rows
+        order = ((i, table[i]) for i in shuffled(range(len(table)), len(table)))
+        found = _kept(_converted(name, dataset, label, order, template, dropped), keep, dropped)
+        found = [row for _, row in zip(range(limit), found, strict=False)]
+    _report(label, len(table), len(found), dropped, limit)
+    return [each.row for each in sorted(found, key=lambda each: each.index)]
 
 
 def boxed(text: str) -> str | None:
@@ -158,7 +155,8 @@ def _read(name: str, dataset: PromptSet, split: str, source: str | Path | None):
             # Not load_dataset("json", ...), which calls the hub even for local files, to count loads.
             return Dataset.from_parquet(str(path)) if path.suffix == ".parquet" else Dataset.from_json(str(path))
         if path is not None:
-            return load_dataset(str(path), split=split)
+            described = (path / "README.md").exists()  # as on the hub: the names of its parts are there
+            return load_dataset(str(path), dataset.config if described else None, split=split)
         if dataset.file:
             # By its address: as a repository, those with loading scripts are refused.
             address = f"hf://datasets/{hub}/{dataset.file}"
@@ -188,15 +186,21 @@ def _columns(table, dataset: PromptSet, label: str):
     return table.select_columns([c for c in (*dataset.columns, *dataset.optional) if c in table.column_names])
 
 
-def _rows(
+class _Found(NamedTuple):
+    index: int  # in the dataset
+    text: str
+    row: dict
+
+
+def _converted(
     name: str,
     dataset: PromptSet,
     label: str,
     numbered: Iterable[tuple[int, dict]],
-    keep: Callable[[dict], bool] | None,
+    template: str,
     dropped: Counter[str],
-) -> Iterator[dict]:
-    """Converted rows with their number in the dataset as `row`; counts the others in `dropped`."""
+) -> Iterator[_Found]:
+    """Our rows; counts those that become none in `dropped`."""
     texts: set[str] = set()
     items: dict[str, int] = {}
     for i, raw in numbered:
@@ -207,39 +211,41 @@ def _rows(
         if isinstance(row, str):
             dropped[row] += 1
             continue
-        item = row.pop("item", None)
-        row = {"item": f"{name}/{i}" if item is None else str(item), **row}
-        if keep is not None and not keep(row):
-            dropped["not asked for"] += 1
-            continue
-        if dataset.unique and row["text"] in texts:
+        item, text = row.pop("item", None), row.pop("text")
+        item = f"{name}/{i}" if item is None else str(item)
+        if dataset.unique and text in texts:
             dropped["duplicate"] += 1
             continue
-        texts.add(row["text"])
-        if row["item"] in items:
-            raise UserError(f"{label}: rows {items[row['item']]} and {i} have the same identifier {row['item']!r}")
-        items[row["item"]] = i
-        yield {**row, "row": i}
+        texts.add(text)
+        if item in items:
+            raise UserError(f"{label}: rows {items[item]} and {i} have the same identifier {item!r}")
+        items[item] = i
+        prompt = [{"role": "user", "content": template.replace("{prompt}", text)}]
+        yield _Found(i, text, {"item": item, "prompt": prompt, **row})
 
 
-def _part(rows: list[dict], split: str, held_out: int) -> list[dict]:
-    """The rows of `split`. What is held out depends on the texts alone, neither on their order nor on a seed."""
+def _kept(found: Iterable[_Found], keep: Callable[[dict], bool] | None, dropped: Counter[str]) -> Iterator[_Found]:
+    for each in found:
+        if keep is None or keep(each.row):
+            yield each
+        else:
+            dropped["not asked for"] += 1
 
-    def rank(row: dict) -> bytes:
-        return hashlib.blake2b(row["text"].encode()).digest()
 
-    n = min(held_out, max(1, len(rows) // 10))
-    ranked = sorted(rows, key=rank)
+def _part(found: list[_Found], split: str, held_out: int) -> list[_Found]:
+    """Those of `split`. What is held out depends on the texts alone, neither on their order nor on a seed."""
+    n = min(held_out, max(1, len(found) // 10))
+    ranked = sorted(found, key=lambda each: hashlib.blake2b(each.text.encode()).digest())
     part = {"test": ranked[:n], "validation": ranked[n : 2 * n], "train": ranked[2 * n :]}[split]
-    return sorted(part, key=lambda row: row["row"])
+    return sorted(part, key=lambda each: each.index)
 
 
-def _report(label: str, total: int, rows: list[dict], dropped: Counter[str], limit: int | None) -> None:
+def _report(label: str, total: int, usable: int, dropped: Counter[str], limit: int | None) -> None:
     reasons = ", ".join(f"{reason} {count:,}" for reason, count in dropped.most_common()) or "none"
-    print(f"{label}: {len(rows):,} rows; the source has {total:,}; dropped: {reasons}", file=sys.stderr)
-    if not rows or (limit is not None and len(rows) < limit):
+    print(f"{label}: {usable:,} rows; the source has {total:,}; dropped: {reasons}", file=sys.stderr)
+    if not usable or (limit is not None and usable < limit):
         asked = "some" if limit is None else f"{limit:,}"
-        raise UserError(f"{label}: wanted {asked} rows; the source has {len(rows):,} that can be used")
+        raise UserError(f"{label}: wanted {asked} rows; the source has {usable:,} that can be used")
 
 
 # ---- conversion ------------------------------------------------------------------------------------------------------

@@ -180,6 +180,12 @@ def test_directories(write):
         folder = write(f"gsm8k/main/{split}-00000-of-00001.parquet", [row]).parents[1]
     for split in rows:
         assert [row["question"] for row in load_prompts("gsm8k", split, source=folder)] == [split]
+    write("card/socratic/test-0.parquet", [{"question": "socratic", "answer": "#### 1"}])
+    folder = write("card/main/test-0.parquet", [rows["test"]]).parents[1]
+    part = "- config_name: {0}\n  data_files:\n  - split: test\n    path: {0}/test-*\n"
+    card = "".join(part.format(name) for name in ("main", "socratic"))
+    (folder / "README.md").write_text(f"---\nconfigs:\n{card}---\n")
+    assert [row["question"] for row in load_prompts("gsm8k", "test", source=folder)] == ["test"]
     write("arena/data/arena-hard-v2.0/question.jsonl", [{"uid": "1", "prompt": "p"}])
     folder = write("arena/data/arena-hard-v2.0/model_answer/o3.jsonl", [{"answers": 1}]).parents[3]
     assert load_prompts("arenahard_v2.0", "test", source=folder) == [{"item": "1", "prompt": user("p")}]
@@ -337,6 +343,8 @@ class TestSubsets:
             assert numbers != list(range(numbers[0], numbers[0] + len(numbers)))  # and yet from all over it
             again = load_prompts("numinamath", split, source=back)
             assert {row["question"] for row in again} == {row["question"] for row in part}
+            kept = load_prompts("numinamath", split, source=ahead, keep=lambda row: int(row["answer"]) % 2 == 0)
+            assert kept == [row for row in part if int(row["answer"]) % 2 == 0]
             few = load_prompts("numinamath", split, source=ahead, limit=5, seed=3)
             assert len(few) == 5
             assert all(row in part for row in few)
