@@ -259,7 +259,7 @@ def _parse(stage: str, paper: Paper, argv: list[str] | None) -> argparse.Namespa
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", help="run directory; default: runs/PAPER/SCALE/ARM/SEED")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="config overrides")
-    return parser.parse_args(argv)
+    return parser.parse_intermixed_args(argv)  # overrides may stand between the options
 
 
 def resolve_config(paper: Paper, config_class: type, scale: str, arm: str, overrides: list[str]) -> Any:

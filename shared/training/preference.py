@@ -131,6 +131,8 @@ class PreferenceTrainer(DPOTrainer):
         self.rows, self.reward, self.select = rows, reward, select
         self.policy = model
         self._limits = model.config.get_text_config().vocab_size, context_length(model.config)
+        if tokenizer.pad_token is None:  # Llama 3 has none
+            tokenizer.pad_token = tokenizer.eos_token
         online = args.sync_steps == 1 and not args.use_vllm  # the policy itself samples
         frozen = None if online else _copy(model).eval().requires_grad_(False)
         super().__init__(

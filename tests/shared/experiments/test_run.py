@@ -160,3 +160,12 @@ def test_failures_of_programs_keep_their_traceback(tmp_path, failure):
     with pytest.raises(type(failure)) as caught, _explained_failures(tmp_path):
         raise failure
     assert caught.value is failure
+
+
+@pytest.mark.parametrize("order", ["lr=1 --arm coconut clip=2 --seed 3", "--arm coconut --seed 3 lr=1 clip=2"])
+def test_overrides_may_stand_anywhere_on_the_command_line(order):
+    from shared.experiments.paper import load_paper
+    from shared.experiments.run import _parse
+
+    args = _parse("train", load_paper("coconut"), order.split())
+    assert (args.arm, args.seed, args.overrides) == ("coconut", 3, ["lr=1", "clip=2"])

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from shared.experiments import files
 from shared.experiments.errors import UserError
 from shared.generation import Completion
-from shared.training.pairs import Pool, best_vs_worst
+from shared.training.pairs import Pool, best_vs_worst, right_vs_wrong
 
 STEPS, B, N = 7, 4, 6
 
@@ -30,6 +30,7 @@ def make(model, tokenizer, rows, make_run):
     ):
         run = run or make_run()
         defaults = {"max_steps": STEPS, "per_device_train_batch_size": B, "num_generations": N, "max_new_tokens": 3}
+        defaults["use_cpu"] = True
         args = PreferenceConfig(**trainer_options(run, **{**defaults, "learning_rate": 1e-2, **options}))
         policy = copy.deepcopy(model) if policy is None else policy
         return cls(policy, args, rows=rows, reward=reward, select=select, tokenizer=tokenizer)
@@ -271,6 +272,31 @@ def test_a_model_that_another_trainer_has_patched_gives_real_copies(make, model)
         torch.testing.assert_close(frozen(ids).logits, wide(frozen)(ids).logits.float())
     assert torch.equal(vector(second.ref_model), start)
     assert not torch.equal(vector(second.policy), start)
+
+
+def test_chat_prompts_and_a_tokenizer_without_padding(make_run, llama_chat):
+    """As Llama 3.1's: three tokens that end a turn, none to pad with; rewards see chat messages."""
+    from shared.rewards.verifiable import MathReward
+    from shared.training.preference import PreferenceConfig, PreferenceTrainer
+    from shared.training.runs import fit, load_policy, save_policy, trainer_options
+
+    run = make_run()
+    rows = [{"prompt": [{"role": "user", "content": f"What is {n} - 1?"}], "answer": str(n - 1)} for n in (2, 3)]
+    policy, chat_tokenizer = load_policy(llama_chat)
+    chat_tokenizer.pad_token = None
+    sizes = {"max_steps": 3, "per_device_train_batch_size": 2, "num_generations": 8, "max_new_tokens": 32}
+    args = PreferenceConfig(**trainer_options(run, **sizes, sync_steps=2, use_cpu=True))
+    parts = {"rows": rows, "reward": MathReward(), "select": right_vs_wrong, "tokenizer": chat_tokenizer}
+    trainer = PreferenceTrainer(policy, args, **parts)
+    fit(trainer, run)
+    save_policy(trainer, chat_tokenizer, run)
+    log = files.read_jsonl(run.dir / "log.jsonl")
+    assert len(log) == 3
+    assert all(0 < row["rollout/reward"] < 1 and row["rollout/truncated"] < 0.2 for row in log)
+    assert any(row["rollout/usable"] for row in log)
+    saved, saved_tokenizer = load_policy(run.checkpoint)
+    assert torch.equal(vector(saved), vector(trainer.policy))
+    assert saved_tokenizer.chat_template == chat_tokenizer.chat_template
 
 
 def test_bad_input_is_named(make, rows):
