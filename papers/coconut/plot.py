@@ -7,6 +7,7 @@ Everything comes from eval.json and predictions.jsonl; a figure whose arms were 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -150,27 +151,37 @@ def draw_heights(predictions: dict[int, list[dict]], ks: Sequence[int], out: Pat
 
 
 def draw_search_tree(rows: list[dict], ks: Sequence[int], out: Path, name: str) -> None:
-    """The widest test problem's frontier after each number of thoughts, with the probability of each node."""
+    """The widest test problem's frontier after each number of thoughts: edges, and the probability of each node."""
 
     def width(row: dict) -> int:
         return sum(len(row.get("frontier_k", {}).get(str(k), ())) for k in ks)
 
     row = max(rows, key=width)
+    facts, _, asked = row["question"].partition(" ? ")  # one token per fact, or sentences
+    told = re.findall(r"(\w+)>(\w+)", facts) or re.findall(r"(\w+) is a (\w+)\.", row["question"])
+    if asked:
+        root, *options = asked.split()
+        asked = f"Is {root} a {' or '.join(options)}?"
+    else:
+        asked = row["question"].rpartition(". ")[2]
     fig, ax = figure(width=6.5, height=1.1 + 0.9 * len(ks))
+    above: dict[str, float] = {}
     for level, k in enumerate(ks):
         nodes = sorted(row["frontier_k"][str(k)], key=lambda node: node["symbol"])
-        for i, node in enumerate(nodes):
-            x = (i + 0.5) / len(nodes)
+        place = {node["symbol"]: (i + 0.5) / len(nodes) for i, node in enumerate(nodes)}
+        for source, destination in told:
+            if source in above and destination in place:
+                ax.plot([above[source], place[destination]], [1 - level, -level], color="#BBBBBB", lw=1, zorder=0)
+        for node in nodes:
+            at = (place[node["symbol"]], -level)
             color = COLORS[2] if node["correct"] else "#999999"
-            ax.scatter([x], [-level], s=900, color=color, alpha=0.15 + 0.75 * min(1.0, node["value"]), edgecolors=color)
-            ax.annotate(f"{node['symbol']}\n{node['value']:.2f}", (x, -level), ha="center", va="center", fontsize=8)
+            ax.scatter(*at, s=900, color="white")  # so that no edge shines through
+            ax.scatter(*at, s=900, color=color, alpha=0.15 + 0.75 * min(1.0, node["value"]), edgecolors=color)
+            ax.annotate(f"{node['symbol']}\n{node['value']:.2f}", at, ha="center", va="center", fontsize=8)
         ax.annotate(f"after {k} thought{'s' if k > 1 else ''}", (-0.02, -level), ha="right", va="center")
-    ax.set(
-        title=f"asked: {row['question'].partition('?')[2].strip() or row['question'].rpartition('.')[2].strip()}, "
-        f"answer: {row['expected']}; green can reach it",
-        xlim=(-0.22, 1.05),
-        ylim=(-len(ks) + 0.4, 0.6),
-    )
+        above = place
+    title = f"{asked} {row['expected'].rstrip('.')}. Green nodes can reach the target, lines are edges"
+    ax.set(title=title, xlim=(-0.22, 1.05), ylim=(-len(ks) + 0.4, 0.6))
     ax.set_axis_off()
     save(fig, out, name)
 
