@@ -60,10 +60,15 @@ def per_seed(found: Found, arm: str, metric: str) -> list[float]:
 
 
 def one_cue_lines(config: dict) -> dict[str, float]:
-    """Errors on `first` and `last` of a model that guesses a block, or one that has the last query letter: p is the
-    chance that another block has it, too, so 1 of 1 + Binomial(K - 1, p) blocks is right."""
-    k, p = config["n_blocks"], config["block_size"] / 26
-    return {"one letter matched": 1 - (1 - (1 - p) ** k) / (k * p), "guess of a block": 1 - 1 / k}
+    """Errors on `first` and `last` that need no two cues at once.
+
+    A model that matches one query letter: p is the chance that another block has it, too, so 1 of
+    1 + Binomial(K - 1, p) blocks is right. A model that repeats the query letter that stands first (or last) in some
+    block: the answer is one of the two letters in 2 of N cases.
+    """
+    k, n = config["n_blocks"], config["block_size"]
+    p = n / 26
+    return {"one letter matched": 1 - (1 - (1 - p) ** k) / (k * p), "a letter of the query repeated": 1 - 2 / n}
 
 
 def draw_bars(

@@ -79,22 +79,23 @@ def test_some_arms_are_enough(tmp_path):
     assert {path.stem for path in (tmp_path / "b").glob("*.png")} == {"lm", "kernels_lm_mta"}
 
 
-def test_errors_of_a_guess_and_of_one_matched_letter_agree_with_the_task():
+def test_errors_of_a_repeated_and_of_one_matched_letter_agree_with_the_task():
     from papers.mta.data import FindBlock, letter_tokenizer
     from papers.mta.plot import one_cue_lines
 
     lines = one_cue_lines(SETTINGS)
-    assert lines["guess of a block"] == 1 - 1 / 8
     tokenizer, rng = letter_tokenizer(), np.random.default_rng(0)
     batch = FindBlock(answer="first", block_size=3, n_blocks=8).batch(3000, rng)
-    right = []
+    right, repeated = [], []
     for row in batch.input_ids:
         text = "".join(tokenizer.convert_ids_to_tokens(row.tolist())[1:-1])
         blocks, _, query = text.partition("#")
         candidates = [block for block in blocks.split(".") if query[1] in block]
         right.append(sum({query[0], query[1]} <= set(block) for block in candidates) / len(candidates))
+        repeated.append(query[2] in query[:2])
     # The task removes blocks that hold both letters, so the formula is not exact.
     assert 1 - np.mean(right) == pytest.approx(lines["one letter matched"], abs=0.02)
+    assert 1 - np.mean(repeated) == pytest.approx(lines["a letter of the query repeated"], abs=0.03)
 
 
 def test_needle_accuracy_by_number_and_depth(tmp_path):

@@ -396,7 +396,7 @@ def test_larger_scales_train_and_evaluate(
     rows = files.read_jsonl(tmp_path / "run" / "predictions.jsonl")
     trained = json.loads((tmp_path / "run" / "checkpoint" / "config.json").read_text())
     if settings["task"] == "findblock":
-        assert len(rows) == 4
+        assert len(rows) == 4 * settings["n_queries"]
         assert all(row["scores"]["error"] == (row["output"] != row["expected"]) for row in rows)
         return
     domains = 7 if scale == "paper" else 1
