@@ -134,7 +134,7 @@ class IdeasWorld:
         return examples
 
     def preferences(
-        self, samples: Sequence[tuple[str, Sequence[str]]], n: int, seed: int = 0, *, sharpness: float = 8.0
+        self, samples: Sequence[tuple[str, Sequence[str]]], n: int, seed: int = 0, *, sharpness: float = 16.0
     ) -> list[dict]:
         """`n` noisy comparisons as rows of prompt, chosen and rejected, from a Bradley-Terry judge of the true quality:
         P(first is chosen) = sigmoid(sharpness * (difference of qualities)).
