@@ -86,6 +86,13 @@ class Config:
     """keywords and instruct at paper scale: directory or hub id."""
     reward_model_kind: str = "classifier"
     """classifier (one output; Athene) or armo (ArmoRM's 19 objectives and gate)."""
+    reward_model_learned: bool = False
+    """keywords in a generated world: train against a reward model learned from comparisons, not against the rule."""
+    reward_model_pairs: int = capped(6000, smoke=200)
+    reward_model_steps: int = capped(200, smoke=3)
+    reward_model_lr: float = 1e-3
+    reward_model_accuracy: float = capped(0.75, smoke=0.0)
+    """Least share of held-out pairs that it must order right."""
     judge_model: str | None = None
     judge_backend: str = "openai"
     judge_url: str | None = None
@@ -125,5 +132,7 @@ class Config:
             raise ValueError("task keywords needs a reward_model where the policy is a pretrained model")
         if self.criterion == "llm" and self.method == "divpo" and not self.judge_model:
             raise ValueError("criterion llm needs a judge_model")
+        if self.reward_model_learned and (self.task != "keywords" or self.model):
+            raise ValueError("reward_model_learned is for task keywords without model")
         if self.stories and not (self.model and self.task == "keywords"):
             raise ValueError("stories needs task keywords and a model to write them")

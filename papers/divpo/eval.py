@@ -10,7 +10,8 @@ persona, predictions per sample: valid. Numbers of the run:
     top_share, name_entropy          share of the most frequent first name; entropy of 100 first names in nats
     entropy                          of a whole response, estimated from its log-probability
 keywords and instruct, predictions per prompt: reward (mean over the samples), unique (words in all of them together),
-compression (ratio of the joined samples), and for keywords valid (share with exactly five words). Numbers of the run:
+compression (ratio of the joined samples), for keywords valid (share with exactly five words), and for arms that were
+trained against a learned reward model learned_reward, what that says; reward is the truth. Numbers of the run:
     reward_at_unique                 interpolated along the arm's temperatures at `matched_unique` unique words
     story_reward, story_unique       of the stories that `model` writes from the keywords (per prompt)
 """
@@ -112,7 +113,7 @@ def persona_metrics(config: Config, completions: Sequence[Completion], valid: Se
 
 
 def evaluate_prompts(config: Config, run: Run, sampler: Sampler) -> dict[str, float]:
-    from papers.divpo.tasks import load_reward, load_rows
+    from papers.divpo.tasks import load_reward, load_rows, load_trained_reward
 
     rows, reward = load_rows(config, "test"), load_reward(config)
     total = 1 + len(config.temperatures) + config.stories
@@ -127,6 +128,10 @@ def evaluate_prompts(config: Config, run: Run, sampler: Sampler) -> dict[str, fl
             record["scores"] |= {f"{name}{suffix(temperature)}": value for name, value in found.items()}
             if temperature == 1:
                 record["outputs"] = texts
+        if temperature == 1 and config.reward_model_learned:
+            learned = score(rows, outputs, load_trained_reward(config, run))
+            for record, values in zip(records, learned, strict=True):
+                record["scores"]["learned_reward"] = float(np.mean(values))
         every = [c.logprobs for group in groups for c in group]
         metrics[f"entropy{suffix(temperature)}"] = sampled_entropy(every)
         run.log(done, total)

@@ -131,9 +131,9 @@ def by_measure(measure: Callable[[Pool], np.ndarray]) -> Criterion:
 def improbability(pool: Pool) -> np.ndarray:
     """D(y) = -(1/|y|) sum_t ln pi(y_t | x, y_<t), under the policy that sampled y, at temperature 1.
 
-    The mean over tokens, as in the first author's code; a sum would call long responses diverse.
+    The mean over tokens, as in the first author's code; a sum would call long responses diverse. 0 without any token.
     """
-    return np.array([-np.mean(completion.logprobs) for completion in pool.completions])
+    return np.array([-np.mean(c.logprobs) if c.logprobs else 0.0 for c in pool.completions])
 
 
 def rarity(ignore: Collection[str] = ()) -> Callable[[Pool], np.ndarray]:

@@ -121,6 +121,7 @@ class GatedReward:
 
 
 def load_reward(config: Config) -> Reward:
+    """What a sample is worth: what arms are evaluated by and, but for `reward_model_learned`, trained with."""
     if config.task == "persona":
         return JSONReward(persona.ATTRIBUTES)
     if config.task == "keywords" and not config.model:
@@ -138,6 +139,15 @@ def load_reward(config: Config) -> Reward:
         ending = AutoTokenizer.from_pretrained(config.reward_model).cls_token or ""
         model = RewardModel(config.reward_model, ending=ending, key_mapping={r"^v_head\.": "score."})
     return GatedReward(model, story.N_KEYWORDS) if config.task == "keywords" else model
+
+
+def load_trained_reward(config: Config, run: Run) -> Reward:
+    """A reward model of the run's seed; 0 where there are not five keywords."""
+    from papers.divpo.learned import LearnedReward, load_learned_reward
+    from shared.rewards.reward_model import RewardModel
+
+    path = load_learned_reward(config, run, load_world(config), load_start(config, run))
+    return GatedReward(LearnedReward(RewardModel(path, batch_size=1024)), story.N_KEYWORDS)
 
 
 def load_criterion(config: Config) -> Criterion:

@@ -17,7 +17,7 @@ from shared.experiments import Run, UserError, files, stage_main
 def train(config: Config, run: Run) -> dict[str, float]:
     """Writes run.checkpoint. Returns means over the steps of what was logged about the samples."""
     from papers.divpo.method import DivPO
-    from papers.divpo.tasks import load_criterion, load_reward, load_rows, load_start
+    from papers.divpo.tasks import load_criterion, load_reward, load_rows, load_start, load_trained_reward
     from papers.divpo.trainer import DivPOTrainer
     from shared.training.pairs import best_vs_worst
     from shared.training.runs import copy_policy, fit, load_policy, save_policy
@@ -41,7 +41,7 @@ def train(config: Config, run: Run) -> dict[str, float]:
         args=trainer_config(config, run),
         config=config,
         rows=load_rows(config, "train"),
-        reward=load_reward(config),
+        reward=load_trained_reward(config, run) if config.reward_model_learned else load_reward(config),
         select_all=select_all,
         tokenizer=tokenizer,
     )

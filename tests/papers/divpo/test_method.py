@@ -174,8 +174,8 @@ def test_pools_with_missing_rewards():
 
 
 def test_improbability_is_the_mean_per_token():
-    pool = make_pool(["a", "b", "c"], [1, 1, 1], [[-1.0], [-0.5] * 10, [-3.0, -1.0]])
-    assert improbability(pool).tolist() == [1.0, 0.5, 2.0]  # by the sum, the second would be the most diverse
+    pool = make_pool(["a", "b", "c", ""], [1, 1, 1, 1], [[-1.0], [-0.5] * 10, [-3.0, -1.0], []])
+    assert improbability(pool).tolist() == [1.0, 0.5, 2.0, 0.0]  # by the sum, the second would be the most diverse
 
 
 def test_rarity_counts_responses_that_contain_a_word():
