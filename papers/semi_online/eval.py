@@ -85,8 +85,11 @@ def kept_checkpoints(config: Config, run: Run, policy: Path | str) -> dict[int, 
 def choose(
     config: Config, run: Run, asker: Asker, checkpoints: dict[int, Path | str], metrics: dict[str, float]
 ) -> Path | str | None:
-    """Logs how every checkpoint does on held-out prompts. Returns the best trained one, if the arm has one task: by
-    accuracy, or by the mean reward over the mean length (the paper's criterion for chat)."""
+    """Logs how every checkpoint does on held-out prompts. Returns the best trained one, if the arm has one task.
+
+    Math: by accuracy. Chat: by the mean reward over the mean length, the paper's criterion; in the generated world by
+    the mean reward, because the score of a model learned from comparisons has no zero, and a quotient needs one.
+    """
     best: tuple[float, int] | None = None
     for number, (step, path) in enumerate(checkpoints.items(), start=1):
         logged: dict[str, float] = {"policy_step": step}
@@ -98,7 +101,7 @@ def choose(
                 value = logged["dev_accuracy"]
             else:
                 logged |= {"dev_reward": mean(found["rewards"]), "dev_chat_length": mean(found["lengths"])}
-                value = logged["dev_reward"] / logged["dev_chat_length"]
+                value = logged["dev_reward"] / (logged["dev_chat_length"] if config.world == "hub" else 1)
                 if asker.by_gold:
                     logged["dev_gold"] = mean(found["gold"])
         run.log(number, len(checkpoints) + 1, **{name: round(value, 5) for name, value in logged.items()})

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ MATH_TEMPLATE = (
 )
 
 BELIEFS_SEED = 0  # of the misconceptions: one world for all seeds
-SFT_ROUNDS = 3  # at most, until the starting policy is competent
+ROUNDS = 3  # of training, at most, until the policy is competent or the reward model accurate
 INIT_STD = 0.4  # of the weights, times the square root of the width; with Llama's 0.02 a small model learns no tables
 
 
@@ -211,7 +212,7 @@ def build_policy(config: Config, seed: int, gated: bool, directory: Path) -> dic
         for parameter in model.parameters():
             if parameter.ndim == 2:
                 parameter.mul_(INIT_STD / world.width**0.5 / model.config.initializer_range)
-    for round_ in range(SFT_ROUNDS):
+    for round_ in range(ROUNDS):
         sft(
             model,
             tokenizer,
@@ -223,7 +224,7 @@ def build_policy(config: Config, seed: int, gated: bool, directory: Path) -> dic
             warmup_steps=30,
             seed=seed,
         )
-        measured = {**competence(config, model, tokenizer), "sft_rounds": round_ + 1}
+        measured = {**competence(config, model, tokenizer), "rounds": round_ + 1}
         lowest, highest = world.competence
         competent = lowest <= measured["accuracy"] <= highest and measured["sums_right"] >= 0.97
         if competent or not gated:
@@ -280,16 +281,12 @@ def _sums(prompt: str, text: str, modulus: int) -> list[bool]:
 
 def build_reward_model(config: Config, seed: int, gated: bool, policy: Path, directory: Path) -> dict[str, float]:
     """A small bidirectional encoder with the mean of its states as input of the score, trained on comparisons that the
-    hidden reader has decided (Bradley-Terry, TRL's RewardTrainer). Returns its accuracy on held-out comparisons."""
-    import shutil
+    hidden reader has decided (Bradley-Terry, TRL's RewardTrainer) until it is accurate enough on held-out ones.
 
+    Returns its accuracy on comparisons that decided nothing: of all kinds, and of the policy's samples alone.
+    """
     import torch
-    from datasets import Dataset
     from transformers import AutoTokenizer, ModernBertConfig, ModernBertForSequenceClassification
-    from transformers.trainer_callback import PrinterCallback
-    from trl import RewardConfig, RewardTrainer
-
-    from shared.rewards.reward_model import RewardModel
 
     world = config.generated
     tokenizer = AutoTokenizer.from_pretrained(policy)
@@ -301,9 +298,9 @@ def build_reward_model(config: Config, seed: int, gated: bool, policy: Path, dir
                 hidden_size=64,
                 intermediate_size=128,
                 num_hidden_layers=1,
-                initializer_range=0.1,  # the default, 0.02, is for far larger models
                 num_attention_heads=4,
                 num_labels=1,
+                initializer_range=0.1,  # the default, 0.02, is for far larger models
                 classifier_pooling="mean",
                 global_attn_every_n_layers=1,
                 max_position_embeddings=64,
@@ -314,55 +311,69 @@ def build_reward_model(config: Config, seed: int, gated: bool, policy: Path, dir
                 sep_token_id=None,
             )
         )
+    tokenizer.save_pretrained(directory)
+    for round_ in range(ROUNDS):
+        _train_reward_model(config, model, tokenizer, policy, 100 * seed + round_, directory)
+        model.save_pretrained(directory)
+        accuracy = _pair_accuracy(directory, comparisons(policy, "dev", 1500, seed))
+        if accuracy >= world.reward_accuracy or not gated:
+            break
+    else:
+        raise UserError(
+            f"the reward model of seed {seed} gets {accuracy:.1%} of the held-out comparisons right, fewer than "
+            f"{world.reward_accuracy:.0%}: raise generated.reward_steps or generated.reward_pairs"
+        )
+    return {
+        "accuracy": _pair_accuracy(directory, comparisons(policy, "test", 1500, seed)),
+        "accuracy_on_samples": _pair_accuracy(directory, comparisons(policy, "test", 1500, seed, only_policy=True)),
+        "rounds": round_ + 1,
+    }
+
+
+def _train_reward_model(config: Config, model, tokenizer, policy: Path, seed: int, directory: Path) -> None:
+    """In place."""
+    import torch
+    from datasets import Dataset
+    from transformers.trainer_callback import PrinterCallback
+    from trl import RewardConfig, RewardTrainer
+
+    world = config.generated
     compared = comparisons(policy, "train", world.reward_pairs, seed)
-    trainer = RewardTrainer(
-        model,
-        RewardConfig(
-            output_dir=str(directory / "trainer"),
-            max_steps=world.reward_steps,
-            per_device_train_batch_size=64,
-            learning_rate=world.reward_lr,
-            lr_scheduler_type="cosine",
-            warmup_steps=30,
-            seed=seed,
-            use_cpu=not torch.cuda.is_available(),
-            bf16=False,
-            gradient_checkpointing=False,
-            max_length=None,
-            logging_steps=100,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            remove_unused_columns=False,
-        ),
-        train_dataset=Dataset.from_dict(
-            {
-                name: tokenizer([f"{prompt} {pair[k]}" for prompt, pair in compared])["input_ids"]
-                for k, name in enumerate(("chosen_ids", "rejected_ids"))
-            }
-        ),
-        processing_class=tokenizer,
+    arguments = RewardConfig(
+        output_dir=str(directory / "trainer"),
+        max_steps=world.reward_steps,
+        per_device_train_batch_size=64,
+        learning_rate=world.reward_lr,
+        lr_scheduler_type="cosine",
+        warmup_steps=30,
+        seed=seed,
+        use_cpu=not torch.cuda.is_available(),
+        bf16=False,
+        gradient_checkpointing=False,
+        max_length=None,
+        logging_steps=100,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
     )
+    ids = {
+        name: tokenizer([f"{prompt} {pair[k]}" for prompt, pair in compared])["input_ids"]
+        for k, name in enumerate(("chosen_ids", "rejected_ids"))
+    }
+    trainer = RewardTrainer(model, arguments, train_dataset=Dataset.from_dict(ids), processing_class=tokenizer)
     trainer.remove_callback(PrinterCallback)
     trainer.train()
-    trainer.save_model(str(directory))
-    tokenizer.save_pretrained(directory)
     shutil.rmtree(directory / "trainer", ignore_errors=True)
-    (directory / "training_args.bin").unlink(missing_ok=True)
 
-    score = WordReward(RewardModel(directory, batch_size=512))
-    measured = {}
-    for name, n_policy in (("accuracy", None), ("accuracy_on_samples", 1)):
-        held_out = comparisons(policy, "dev", 1500, seed, only_policy=n_policy is not None)
-        chosen, rejected = ([pair[k] for _, pair in held_out] for k in (0, 1))
-        prompts = [prompt for prompt, _ in held_out]
-        measured[name] = float(np.mean(np.array(score(prompts, chosen)) > np.array(score(prompts, rejected))))
-    if gated and measured["accuracy"] < world.reward_accuracy:
-        raise UserError(
-            f"the reward model of seed {seed} gets {measured['accuracy']:.1%} of the held-out comparisons right, fewer "
-            f"than {world.reward_accuracy:.0%}: raise generated.reward_steps or generated.reward_pairs"
-        )
-    return measured
+
+def _pair_accuracy(reward_model: Path, compared: Sequence[tuple[str, tuple[str, str]]]) -> float:
+    from shared.rewards.reward_model import RewardModel
+
+    score = WordReward(RewardModel(reward_model, batch_size=512))
+    chosen, rejected = ([pair[k] for _, pair in compared] for k in (0, 1))
+    prompts = [prompt for prompt, _ in compared]
+    return float(np.mean(np.array(score(prompts, chosen)) > np.array(score(prompts, rejected))))
 
 
 def comparisons(

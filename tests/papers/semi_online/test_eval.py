@@ -39,11 +39,15 @@ def test_math_checkpoints_are_chosen_by_development_accuracy(make_run):
     assert {call[1:] for call in told.asked} == {("math", 6, 2, evaluation.DEV_SEED)}
 
 
-def test_chat_checkpoints_are_chosen_by_reward_over_length_and_never_by_gold(make_run):
-    told = Told({"start": answers(0, 9), "a": answers(2.0, 5, gold=1), "b": answers(3.0, 10, gold=9)})
-    metrics: dict[str, float] = {}
-    found = choose(small_config(phases=["chat"]), make_run(stage="eval"), told, {0: "start", 2: "a", 4: "b"}, metrics)
-    assert (found, metrics) == ("a", {"best_step": 2})
+@pytest.mark.parametrize(("world", "best"), [("hub", ("a", 2)), ("generated", ("b", 4))])
+def test_chat_checkpoints_are_chosen_by_reward_and_never_by_gold(make_run, monkeypatch, world, best):
+    """On the hub by reward over length: 2 / 5 against 3 / 10."""
+    monkeypatch.setattr(evaluation, "task_rows", lambda *args: [{}] * 2)
+    told = {"start": answers(0, 9), "a": answers(2.0, 5), "b": answers(3.0, 10), "c": answers(1, 10, gold=9)}
+    config, metrics = small_config(phases=["chat"], world=world), {}
+    checkpoints = {0: "start", 2: "a", 4: "b", 6: "c"}
+    found = choose(config, make_run(stage="eval"), Told(told), checkpoints, metrics)
+    assert (found, metrics["best_step"]) == best
 
 
 @pytest.mark.parametrize("options", [{"phases": ["both"]}, {"phases": ["chat", "math"]}, {"method": "none"}])
