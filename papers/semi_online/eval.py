@@ -63,7 +63,7 @@ def evaluate(config: Config, run: Run) -> dict[str, float]:
                 record = rows.setdefault(f"{task}/{row['item']}", new_record(row))
                 record[f"outputs{suffix}"] = found["texts"][i]
                 record["scores"] |= {k + suffix: v for k, v in scores(row, found, baseline, i, asker.by_gold).items()}
-    metrics |= policy_entropies(config, asker, policy, run.checkpoint, tasks)
+    metrics |= policy_entropies(config, asker, policy, run.checkpoint)
     predictions = list(rows.values())
     run.write_predictions(predictions)
     for name in dict.fromkeys(name for record in predictions for name in record["scores"]):
@@ -180,12 +180,13 @@ def scores(row: dict, found: dict[str, list], baseline: dict[str, list] | None, 
     return values | ({"gold": float(np.mean(found["gold"][i]))} if by_gold else {})
 
 
-def policy_entropies(config: Config, asker: Asker, policy: Path | str, last: Path, tasks: list[str]) -> dict:
-    """Mean entropy per token, in nats, of what the last checkpoint samples at temperature 1."""
+def policy_entropies(config: Config, asker: Asker, policy: Path | str, last: Path) -> dict[str, float]:
+    """Mean entropy per token, in nats, of what the last checkpoint samples at temperature 1 for the (first) task that
+    the arm was trained on."""
     found = {}
+    task = config.trained_tasks[0]
+    dev = task_rows(config, task, "dev", config.n_dev)
     for name, path in (("start", policy), ("end", last)):
-        task = config.trained_tasks[0]
-        dev = task_rows(config, task, "dev", config.n_dev)
         sampled = asker.sample(path, task, dev, 1, ENTROPY_SEED, logprobs=True)
         found[name] = -float(np.mean([x for (completion,) in sampled for x in completion.logprobs]))
     return {"policy_entropy": found["end"], "policy_entropy_ratio": found["end"] / found["start"]}
