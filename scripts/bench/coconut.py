@@ -318,7 +318,7 @@ def main() -> None:
     parser.add_argument("--model", choices=MODELS, help="only the lines of this model")
     parser.add_argument("--kind", choices=["train", "eval"], help="only these lines")
     parser.add_argument("--batch", type=int, help="rows instead of each line's own number")
-    parser.add_argument("--seconds", type=float, default=10, help="time for each line, >= 3 turns (default 10)")
+    parser.add_argument("--seconds", type=float, default=5, help="time for each line, >= 3 turns (default 5)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seed", type=int, default=0)
