@@ -321,10 +321,9 @@ def _probe_base(base: PreTrainedModel, what: str) -> None:
     base.eval()
     try:
         ids_BT, other_ids_BT = (torch.tensor([ids], device=base.device) for ids in ([0, 0], [0, 1]))
-        mask_BT = torch.ones_like(ids_BT)
-        hidden_BTD = base.base_model(input_ids=ids_BT, attention_mask=mask_BT).last_hidden_state
-        other_hidden_BTD = base.base_model(input_ids=other_ids_BT, attention_mask=mask_BT).last_hidden_state
-        logits_BTV = base(input_ids=ids_BT, attention_mask=mask_BT).logits
+        hidden_BTD = base.base_model(input_ids=ids_BT).last_hidden_state
+        other_hidden_BTD = base.base_model(input_ids=other_ids_BT).last_hidden_state
+        logits_BTV = base(input_ids=ids_BT).logits
     finally:
         hook.remove()
         for module in in_training:
