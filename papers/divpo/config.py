@@ -91,7 +91,7 @@ class Config:
     reward_model_pairs: int = capped(6000, smoke=200)
     reward_model_steps: int = capped(200, smoke=3)
     reward_model_lr: float = 1e-3
-    reward_model_accuracy: float = capped(0.75, smoke=0.0)
+    reward_model_accuracy: float = capped(0.7, smoke=0.0)
     """Least share of held-out pairs that it must order right."""
     judge_model: str | None = None
     judge_backend: str = "openai"

@@ -12,6 +12,7 @@ persona, predictions per sample: valid. Numbers of the run:
 keywords and instruct, predictions per prompt: reward (mean over the samples), unique (words in all of them together),
 compression (ratio of the joined samples), for keywords valid (share with exactly five words), and for arms that were
 trained against a learned reward model learned_reward, what that says; reward is the truth. Numbers of the run:
+    reward_model_accuracy            share of held-out pairs that the learned reward model orders right
     reward_at_unique                 interpolated along the arm's temperatures at `matched_unique` unique words
     story_reward, story_unique       of the stories that `model` writes from the keywords (per prompt)
 """
@@ -129,8 +130,8 @@ def evaluate_prompts(config: Config, run: Run, sampler: Sampler) -> dict[str, fl
             if temperature == 1:
                 record["outputs"] = texts
         if temperature == 1 and config.reward_model_learned:
-            learned = score(rows, outputs, load_trained_reward(config, run))
-            for record, values in zip(records, learned, strict=True):
+            learned, metrics["reward_model_accuracy"] = load_trained_reward(config, run)
+            for record, values in zip(records, score(rows, outputs, learned), strict=True):
                 record["scores"]["learned_reward"] = float(np.mean(values))
         every = [c.logprobs for group in groups for c in group]
         metrics[f"entropy{suffix(temperature)}"] = sampled_entropy(every)

@@ -26,7 +26,7 @@ from shared.generation import SamplingParams, load_sampler
 from shared.rewards.contract import Completions, checked, texts
 from shared.rewards.format import JSONReward, parse_attributes
 from shared.training.pairs import Pool
-from shared.training.starting_policy import sft, starting_policy
+from shared.training.starting_policy import measured, sft, starting_policy
 
 if TYPE_CHECKING:
     from shared.training.preference import Reward
@@ -141,13 +141,14 @@ def load_reward(config: Config) -> Reward:
     return GatedReward(model, story.N_KEYWORDS) if config.task == "keywords" else model
 
 
-def load_trained_reward(config: Config, run: Run) -> Reward:
-    """A reward model of the run's seed; 0 where there are not five keywords."""
+def load_trained_reward(config: Config, run: Run) -> tuple[Reward, float]:
+    """The reward model of the run's seed, 0 where there are not five keywords; and its accuracy on held-out pairs."""
     from papers.divpo.learned import LearnedReward, load_learned_reward
     from shared.rewards.reward_model import RewardModel
 
     path = load_learned_reward(config, run, load_world(config), load_start(config, run))
-    return GatedReward(LearnedReward(RewardModel(path, batch_size=1024)), story.N_KEYWORDS)
+    reward = GatedReward(LearnedReward(RewardModel(path, batch_size=1024)), story.N_KEYWORDS)
+    return reward, measured(path)["accuracy"]
 
 
 def load_criterion(config: Config) -> Criterion:

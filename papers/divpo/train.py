@@ -41,7 +41,7 @@ def train(config: Config, run: Run) -> dict[str, float]:
         args=trainer_config(config, run),
         config=config,
         rows=load_rows(config, "train"),
-        reward=load_trained_reward(config, run) if config.reward_model_learned else load_reward(config),
+        reward=load_trained_reward(config, run)[0] if config.reward_model_learned else load_reward(config),
         select_all=select_all,
         tokenizer=tokenizer,
     )

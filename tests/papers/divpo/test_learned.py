@@ -58,7 +58,7 @@ def test_arms_of_a_seed_share_it_and_are_evaluated_by_the_truth(make_run):
         train(config, make_run(arm=arm))
     run = make_run("eval", arm=arm)
     assert len(list((run.dir.parents[1] / "starting_policies").glob("*/starting_policy.json"))) == 2
-    evaluate(config, run)
+    assert 0 <= evaluate(config, run)["reward_model_accuracy"] <= 1
     world = load_world(config)
     rows = files.read_jsonl(run.dir / "predictions.jsonl")
     for row in rows:
