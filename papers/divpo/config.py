@@ -112,8 +112,8 @@ class Config:
     """keywords and instruct."""
     temperatures: list[float] = field(default_factory=list)
     """Temperatures to evaluate beside 1."""
-    matched_unique: float | None = None
-    """keywords: the number of unique words at which arms with `temperatures` are compared by reward."""
+    matched_unique: float = capped(0.0, smoke=0.0)
+    """keywords: the number of unique words at which arms with `temperatures` are compared by reward; 0: no such comparison."""
     stories: bool = False
     """keywords with `model`: that model writes a story for each set of keywords."""
     story_tokens: int = capped(512, smoke=16)

@@ -116,35 +116,41 @@ def persona_metrics(config: Config, completions: Sequence[Completion], valid: Se
 def evaluate_prompts(config: Config, run: Run, sampler: Sampler) -> dict[str, float]:
     from papers.divpo.tasks import load_reward, load_rows, load_trained_reward
 
-    rows, reward = load_rows(config, "test"), load_reward(config)
-    total = 1 + len(config.temperatures) + config.stories
+    rows = load_rows(config, "test")
+    temperatures = [1.0, *config.temperatures]
+    total = len(temperatures) + 1 + config.stories
+    groups = {}
+    for done, temperature in enumerate(temperatures, start=1):
+        params = sampling(config, run, temperature)
+        groups[temperature] = sampler.sample([row["prompt"] for row in rows], config.samples_per_prompt, params)
+        run.log(done, total)
+    sampler.close()  # before the reward model needs the memory
+
+    reward = load_reward(config)
     records = [{"item": row["item"], "prompt": row["prompt"], "scores": {}} for row in rows]
     metrics: dict[str, float] = {}
-    for done, temperature in enumerate([1.0, *config.temperatures], start=1):
-        params = sampling(config, run, temperature)
-        groups = sampler.sample([row["prompt"] for row in rows], config.samples_per_prompt, params)
-        outputs = [[c.text for c in group] for group in groups]
-        scores = prompt_scores(config, rows, outputs, reward)
-        for record, found, texts in zip(records, scores, outputs, strict=True):
-            record["scores"] |= {f"{name}{suffix(temperature)}": value for name, value in found.items()}
-            if temperature == 1:
-                record["outputs"] = texts
-        if temperature == 1 and config.reward_model_learned:
-            learned, metrics["reward_model_accuracy"] = load_trained_reward(config, run)
-            for record, values in zip(records, score(rows, outputs, learned), strict=True):
-                record["scores"]["learned_reward"] = float(np.mean(values))
-        every = [c.logprobs for group in groups for c in group]
+    for temperature, found in groups.items():
+        outputs = [[c.text for c in group] for group in found]
+        for record, scores in zip(records, prompt_scores(config, rows, outputs, reward), strict=True):
+            record["scores"] |= {f"{name}{suffix(temperature)}": value for name, value in scores.items()}
+        every = [c.logprobs for group in found for c in group]
         metrics[f"entropy{suffix(temperature)}"] = sampled_entropy(every)
-        run.log(done, total)
+    outputs = [[c.text for c in group] for group in groups[1.0]]
+    for record, texts in zip(records, outputs, strict=True):
+        record["outputs"] = texts
+    if config.reward_model_learned:
+        learned, metrics["reward_model_accuracy"] = load_trained_reward(config, run)
+        for record, values in zip(records, score(rows, outputs, learned), strict=True):
+            record["scores"]["learned_reward"] = float(np.mean(values))
+    run.log(len(temperatures) + 1, total)
     if config.stories:
-        sampler.close()
         write_stories(config, run, rows, records, reward)
         run.log(total, total)
     run.write_predictions(records)
     for name in records[0]["scores"]:
         metrics[name] = float(np.mean([record["scores"][name] for record in records]))
-    if config.matched_unique is not None and config.temperatures:
-        curve = [(metrics[f"unique{suffix(t)}"], metrics[f"reward{suffix(t)}"]) for t in (1.0, *config.temperatures)]
+    if config.matched_unique and config.temperatures:
+        curve = [(metrics[f"unique{suffix(t)}"], metrics[f"reward{suffix(t)}"]) for t in temperatures]
         metrics["reward_at_unique"] = reward_at(curve, config.matched_unique)
     return metrics
 
@@ -197,7 +203,8 @@ def write_stories(config: Config, run: Run, rows: Sequence[dict], records: list[
         for text in record["outputs"]
     ]
     params = SamplingParams(config.story_tokens, seed=SEED + run.seed)
-    with load_sampler(config.sampler, config.model) as sampler:
+    options = {"gpu_memory_utilization": 0.6} if config.sampler == "vllm" else {}  # the reward model is there, too
+    with load_sampler(config.sampler, config.model, **options) as sampler:
         written = [completions[0].text for completions in sampler.sample(prompts, params=params)]
     n = config.samples_per_prompt
     for k, (row, record) in enumerate(zip(rows, records, strict=True)):

@@ -22,6 +22,9 @@ class FakeSampler:
         texts = iter(self.texts * (1 + len(prompts) * n // len(self.texts)))
         return [[Completion(next(texts), [1, 2], [-0.5, -1.5], "stop") for _ in range(n)] for _ in prompts]
 
+    def close(self):
+        self.texts = None
+
 
 def test_personas(make_run):
     texts = [PERSONA.format("Ada"), "junk", PERSONA.format("Bo"), PERSONA.format("Ada")]

@@ -232,7 +232,7 @@ def small_paper(chat_models, armo_checkpoint, reward_checkpoint, wildchat):
             "unique_first": 2,
             "samples_per_prompt": 3,
             "story_tokens": 8,
-            "matched_unique": None,
+            "matched_unique": 0,
         }
         if arm == "keywords_divpo_judge":
             values |= {"judge_backend": "transformers", "judge_model": str(chat_models["instruct"])}
@@ -266,7 +266,7 @@ def test_the_papers_scale_runs_on_small_checkpoints(arm, small_paper, make_run):
 @pytest.mark.slow
 @pytest.mark.parametrize("arm", ["persona_divpo_all_equal", "keywords_divpo_quantile"])
 def test_the_gpu_scale_runs_when_it_is_small(arm, make_run):
-    config = at_scale("gpu", arm, **SMALL, matched_unique=None)
+    config = at_scale("gpu", arm, **SMALL, matched_unique=0)
     train(config, make_run(arm=arm, scale="gpu"))
     assert evaluate(config, make_run("eval", arm=arm, scale="gpu"))["valid"] > 0
 
