@@ -113,7 +113,7 @@ class Config:
     temperatures: list[float] = field(default_factory=list)
     """Temperatures to evaluate beside 1."""
     matched_unique: float = capped(0.0, smoke=0.0)
-    """keywords: the number of unique words at which arms with `temperatures` are compared by reward; 0: no such comparison."""
+    """keywords: number of unique words at which arms with `temperatures` are compared by reward; 0 for no comparison."""
     stories: bool = False
     """keywords with `model`: that model writes a story for each set of keywords."""
     story_tokens: int = capped(512, smoke=16)
