@@ -31,7 +31,8 @@ def draw(runs: Path, out: Path) -> None:
     paper = load_paper(Path(__file__).parent.name)
     find = [arm for arm in found if settings(found, arm)["task"] == "findblock"]
     if find:
-        draw_bars(found, paper, find, "error", "error", out, "find_block", one_cue_lines(settings(found, find[0])))
+        lines = one_cue_lines(settings(found, find[0]))
+        draw_bars(found, paper, find, "error", "error, share of queries", out, "find_block", lines)
         curves = [arm for arm in find if arm not in INIT_ARMS[1:]]
         draw_curves(found, paper, curves, "error", out, "find_block_curves")
     if len(init := [arm for arm in INIT_ARMS if arm in found]) > 1:
@@ -132,9 +133,9 @@ def draw_kernels(run: Path, title: str, out: Path, name: str) -> None:
             ax.grid(visible=False)
             ax.set_yticks(range(1 - c_q, 1))
             ax.set_title(f"layer {layer} head {head}" + (", post" if kind == "kq_post" else ""), fontsize=8)
-        axes[0].set_ylabel("query")
+        axes[0].set_ylabel("query offset")
     for ax in panels[-1]:
-        ax.set_xlabel("key")
+        ax.set_xlabel("key offset")
     fig.colorbar(image, ax=panels.ravel().tolist(), shrink=0.8)
     fig.suptitle(f"{title}, seed {run.name}", fontsize=10)
     save(fig, out, name)
@@ -160,7 +161,8 @@ def draw_lm(found: Found, paper: Paper, arms: Sequence[str], out: Path) -> None:
             [(bounds[arm].lo, bounds[arm].hi) if bounds[arm].lo is not None else None for arm in others],
             colors=[colors[arm] for arm in others],
         )
-        right.set_xlabel("loss at the end minus the Transformer's")
+        right.set_xlabel("loss at the end minus the Transformer's, nats per token")
+        right.locator_params(axis="x", nbins=5)
     legend_outside(fig, "lower center", columns=len(arms))
     save(fig, out, "lm")
 
