@@ -88,8 +88,8 @@ class Config:
     """classifier (one output; Athene) or armo (ArmoRM's 19 objectives and gate)."""
     reward_model_learned: bool = False
     """keywords in a generated world: train against a reward model learned from comparisons, not against the rule."""
-    reward_model_pairs: int = capped(6000, smoke=200)
-    reward_model_steps: int = capped(200, smoke=3)
+    reward_model_pairs: int = capped(16_000, smoke=200)
+    reward_model_steps: int = capped(400, smoke=3)
     reward_model_lr: float = 1e-3
     reward_model_accuracy: float = capped(0.7, smoke=0.0)
     """Least share of held-out pairs that it must order right."""
@@ -113,7 +113,7 @@ class Config:
     temperatures: list[float] = field(default_factory=list)
     """Temperatures to evaluate beside 1."""
     matched_unique: float = capped(0.0, smoke=0.0)
-    """keywords: number of unique words at which arms with `temperatures` are compared by reward; 0 for no comparison."""
+    """keywords: unique words at which arms with `temperatures` are compared by reward; 0 for no comparison."""
     stories: bool = False
     """keywords with `model`: that model writes a story for each set of keywords."""
     story_tokens: int = capped(512, smoke=16)

@@ -137,20 +137,20 @@ def test_training_reports_what_became_of_the_samples(small, make_run):
     assert metrics["equal"] == pytest.approx(1 - metrics["usable"])  # the only reason for which DPO has no pair
 
 
-def test_sft_raises_the_likelihood_of_the_best_samples(small, policies, make_run):
-    from shared.training.runs import fit
+def test_sft_minimizes_the_negative_log_likelihood_of_the_best_samples(small, policies, make_run):
+    config = small(task="keywords", method="sft", online=False, prompts_per_step=8)
+    trainer = make_trainer(config, make_run(), policies["keywords"])
+    pools = trainer.make_pools(range(8), seed=1)
+    inputs = trainer.build_inputs(pools)
+    loss = trainer._compute_loss(trainer.model, inputs, return_outputs=False)
 
-    run = make_run()
-    config = small(task="keywords", method="sft", online=False, steps=30, prompts_per_step=8)
-    trainer = make_trainer(config, run, policies["keywords"])
-    inputs = trainer.build_inputs(trainer.make_pools(range(8), seed=1))
-    before = trainer._compute_loss(trainer.model, inputs, return_outputs=False).item()
-    chosen_BT = inputs["input_ids"][:8]
-    logits = trainer.model(chosen_BT, attention_mask=inputs["attention_mask"][:8]).logits[:, :-1].log_softmax(-1)
-    logprobs_BT = logits.gather(2, chosen_BT[:, 1:, None])[..., 0]
-    assert before == pytest.approx(-logprobs_BT[inputs["completion_mask"][:8, 1:].bool()].mean().item(), abs=1e-5)
-    fit(trainer, run)
-    assert trainer._compute_loss(trainer.model, inputs, return_outputs=False).item() < before - 0.05
+    total, tokens = 0.0, 0
+    for pool in pools:
+        best = max(range(len(pool.rewards)), key=pool.rewards.__getitem__)
+        prompt = trainer.processing_class(pool.row["prompt"])["input_ids"]
+        total -= log_probability(trainer.model, prompt, pool.completions[best].token_ids).item()
+        tokens += len(pool.completions[best].token_ids)
+    assert loss.item() == pytest.approx(total / tokens, abs=1e-5)
 
 
 def test_base_is_the_starting_policy(small, make_run):
@@ -288,7 +288,7 @@ runs.fit = functools.partial(runs.fit, save_every=0)  # as often as the time tha
 run = Run(pathlib.Path(sys.argv[1]), "divpo", "tiny", "persona_divpo", 0, "train", "key")
 run.dir.mkdir(parents=True, exist_ok=True)
 run.begin()
-config = Config(**{**SMALL, "steps": 60, "lr": 1e-3})
+config = Config(**{**SMALL, "sft_steps": 60, "least_competence": 0.0, "steps": 30, "lr": 1e-3})
 run.finish(train(config, run), config)
 """
 
@@ -316,6 +316,6 @@ def test_killed_training_ends_as_if_nothing_had_happened(tmp_path):
     names = ("step", "loss", "rollout/reward", "rollout/unique", "rollout/usable", "rollout/entropy")
     logged = [[[row.get(name) for name in names] for row in of_run] for of_run in rows]
     assert logged[0] == logged[1]
-    assert len(rows[0]) == 60
+    assert len(rows[0]) == 30
     first, second = (files.read_json(directory / "train.json")["metrics"] for directory in (through, killed))
     assert first == second
