@@ -76,7 +76,7 @@ class Config:
     layers: int = 2
     width: int = 64
     heads: int = 4
-    sft_steps: int = capped(500, smoke=60)
+    sft_steps: int = capped(500, smoke=150)
     sft_batch_size: int = 128
     sft_lr: float = 3e-3
     sft_examples: int = capped(20_000, smoke=2000)
@@ -104,7 +104,7 @@ class Config:
     generation_batch_size: int = 1024
 
     # ---- evaluation ----
-    n_samples: int = capped(1000, smoke=40)
+    n_samples: int = capped(1000, smoke=100)
     """persona: samples of the prompt, more if too few of them are valid."""
     unique_first: int = capped(100, smoke=1)
     """persona: the number of valid samples among which values are counted. Shares of unique values fall as it grows."""
