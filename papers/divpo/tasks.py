@@ -109,13 +109,9 @@ class GatedReward:
         rows = [i for i, text in enumerate(found) if len(words(text)) == self.n]
         rewards: list[float | None] = [0.0] * len(found)
         if rows:
-            lists = {name: [values[i] for i in rows] for name, values in columns.items() if isinstance(values, list)}
-            scores = self.reward(
-                prompts=[prompts[i] for i in rows], completions=[completions[i] for i in rows], **lists
-            )
-            for i, score in zip(
-                rows, checked(scores, len(rows), getattr(self.reward, "__name__", "reward")), strict=True
-            ):
+            kept = {name: [values[i] for i in rows] for name, values in columns.items() if isinstance(values, list)}
+            scores = self.reward([prompts[i] for i in rows], [completions[i] for i in rows], **kept)
+            for i, score in zip(rows, checked(scores, len(rows), "the reward"), strict=True):
                 rewards[i] = score
         return rewards
 
