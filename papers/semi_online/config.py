@@ -52,12 +52,16 @@ class Generated:
     layers: int = 2
     width: int = 64
     heads: int = 4
-    sft_steps: int = capped(1000, smoke=20)
+    mlp_width: int = 256
+    """Three times ten times ten results have to be remembered somewhere."""
+    sft_steps: int = capped(1500, smoke=20)
     sft_batch_size: int = capped(96, smoke=16)
     """Two thirds arithmetic, one third writing."""
     sft_lr: float = 3e-3
-    competence: list[float] = field(default_factory=lambda: [0.28, 0.48])
+    competence: list[float] = field(default_factory=lambda: [0.25, 0.5])
     """Sampled accuracy on arithmetic (temperature 1) that the starting policy has to have."""
+    competence_sums: float = 0.93
+    """Least share of right additions and subtractions in the same samples."""
     reward_pairs: int = capped(30_000, smoke=200)
     reward_steps: int = capped(900, smoke=5)
     reward_lr: float = 3e-3

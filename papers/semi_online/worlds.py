@@ -206,7 +206,13 @@ def build_policy(config: Config, seed: int, gated: bool, directory: Path) -> dic
     tokenizer = word_tokenizer([*fold_words(world.modulus), *writing_words()])
     longest = max(2 * world.n_ops[1] + 2 + world.n_ops[1] + 3, 3 + MAX_WORDS + 1)
     model = llama_from_scratch(
-        tokenizer, layers=world.layers, width=world.width, heads=world.heads, positions=longest + 8, seed=seed
+        tokenizer,
+        layers=world.layers,
+        width=world.width,
+        heads=world.heads,
+        mlp_width=world.mlp_width,
+        positions=longest + 8,
+        seed=seed,
     )
     with torch.no_grad():
         for parameter in model.parameters():
@@ -226,14 +232,14 @@ def build_policy(config: Config, seed: int, gated: bool, directory: Path) -> dic
         )
         measured = {**competence(config, model, tokenizer), "rounds": round_ + 1}
         lowest, highest = world.competence
-        competent = lowest <= measured["accuracy"] <= highest and measured["sums_right"] >= 0.97
+        competent = lowest <= measured["accuracy"] <= highest and measured["sums_right"] >= world.competence_sums
         if competent or not gated:
             break
     else:
         raise UserError(
             f"the starting policy of seed {seed} gets {measured['accuracy']:.0%} of the problems and "
             f"{measured['sums_right']:.1%} of the additions and subtractions right; {lowest:.0%} to {highest:.0%} and "
-            "97% are needed: change generated.sft_steps or generated.competence"
+            f"{world.competence_sums:.0%} are needed: change generated.sft_steps or generated.competence"
         )
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)

@@ -9,7 +9,7 @@ from papers.semi_online.config import Config, Generated, Recipe
 from shared.experiments.run import Run
 
 SMALL = Generated(
-    n_ops=[2, 2], modulus=5, layers=1, width=16, heads=2, sft_steps=150, sft_batch_size=24, sft_lr=1e-2,
+    n_ops=[2, 2], modulus=5, layers=1, width=16, heads=2, mlp_width=32, sft_steps=150, sft_batch_size=24, sft_lr=1e-2,
     reward_pairs=64, reward_steps=4, gated=False,
 )  # fmt: skip
 

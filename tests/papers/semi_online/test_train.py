@@ -246,7 +246,16 @@ stage_main("train", train.Config, train.train, sys.argv[1:])
 TINY = [
     *(
         f"generated.{key}"
-        for key in ("n_ops=[2,2]", "modulus=5", "layers=1", "width=16", "heads=2", "gated=false", "reward_pairs=64")
+        for key in (
+            "n_ops=[2,2]",
+            "modulus=5",
+            "layers=1",
+            "width=16",
+            "heads=2",
+            "mlp_width=32",
+            "gated=false",
+            "reward_pairs=64",
+        )
     ),
     *(f"generated.{key}" for key in ("sft_steps=100", "sft_lr=0.01", "sft_batch_size=16", "reward_steps=3")),
     *("n_dev=6", "n_test=6", "save_every=5", "math.steps=16", "chat.steps=8", "math.prompts=4", "chat.prompts=4"),
