@@ -16,7 +16,7 @@ SHAPES = ("raw", "sigmoid", "min_shift")
 class Config:
     # ---- task ----
     task: str = "operators"
-    """Generated: operators (verifiable), ideas (a learned reward model). From the hub: math (DeepScaleR and competition
+    """Generated: operators (verifiable), ideas (a dense, noisy score). From the hub: math (DeepScaleR and competition
     problems), wildchat (WildChat prompts, NoveltyBench)."""
     train_source: str | None = None
     """Hub id, directory or file of the training prompts; default: the data set's own id."""
@@ -93,24 +93,19 @@ class Config:
     """Of both responses together; each is cut to half of it."""
     classifier_layers: int = 2
     classifier_width: int = 48
-    """Sizes of the classifier, and of the reward model."""
     classifier_init: float = 0.1
-    """Deviation of their first weights; transformers' default, .02, is for wider models."""
+    """Deviation of its first weights; transformers' default, .02, is for wider models."""
     classifier_steps: int = capped(600, smoke=5)
     classifier_lr: float = 3e-3
     classifier_groups: int = capped(2000, smoke=20)
-    """Groups of eight rollouts that give training pairs, and comparisons to the reward model; the prompts of the
-    held-out pairs are others."""
+    """Groups of eight rollouts that give training pairs; the prompts of the held-out pairs are others."""
     label_noise: float = 0.05
 
     # ---- reward model ----
     reward_model: str | None = None
-    """Sequence classifier with one output. None: a small one, trained on noisy comparisons of rollouts (ideas)."""
+    """Sequence classifier with one output (wildchat)."""
     reward_at_cls: bool = False
     """The reward model reads its score at its CLS token after the completion (Athene-RM)."""
-    preference_pairs: int = capped(16_000, smoke=100)
-    reward_model_steps: int = capped(600, smoke=5)
-    reward_model_lr: float = 2e-3
 
     # ---- evaluation ----
     n_samples: int = capped(32, smoke=10)

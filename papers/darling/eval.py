@@ -13,7 +13,7 @@ Scores per test prompt (predictions.jsonl) and their means (eval.json):
 Numbers of the whole run (eval.json):
     front_area             area of (distinct, pass@1 or quality) that the temperatures dominate, as a share of
                            10 meanings x quality 1 (Figure 3)
-    classifier_*, reward_model_*, policy_*   what was measured when the seed's parts were trained
+    classifier_*, policy_*   what was measured when the seed's parts were trained
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def evaluate(config: Config, run: Run) -> dict[str, float]:
     if config.steps == 0 and config.pairs_source:
         metrics |= pair_accuracy(config)
     measured = files.read_json(run.dir / "train.json")["metrics"]
-    parts = ("classifier_", "reward_model_", "policy_", "prompts_too_long")
+    parts = ("classifier_", "policy_", "prompts_too_long")
     return metrics | {name: value for name, value in measured.items() if name.startswith(parts)}
 
 

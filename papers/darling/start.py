@@ -1,4 +1,4 @@
-"""What exists before the arms part, made once per seed: the starting policy, the pair classifier, the reward model."""
+"""What exists before the arms part, made once per seed: the starting policy and the classifier of pairs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from papers.darling.tasks import make_task
 from shared.experiments import Run, UserError
 from shared.training.starting_policy import measured, sft, starting_policy
 
-ROLLOUTS = 8  # per prompt, for classifier and reward model
+ROLLOUTS = 8  # per prompt, for the classifier
 POLICY = (
     "task",
     "rare",
@@ -46,16 +46,6 @@ LEARNED = (
     "classifier_init",
     "classifier_max_tokens",
     "label_noise",
-)
-REWARD = (
-    "preference_pairs",
-    "reward_model_steps",
-    "reward_model_lr",
-    "classifier_layers",
-    "classifier_width",
-    "classifier_init",
-    "classifier_groups",
-    "classifier_max_tokens",
 )
 
 
@@ -93,10 +83,7 @@ def prepare(config: Config, run: Run) -> Start:
 
     policy = config.model or part("policy", build_policy, POLICY)
     classifier = config.classifier or part("classifier", build_classifier, (*POLICY, *LEARNED), policy=policy)
-    reward_model = config.reward_model
-    if reward_model is None and config.task == "ideas":
-        reward_model = part("reward_model", build_reward_model, (*POLICY, *REWARD), policy=policy)
-    return Start(policy, classifier, reward_model, numbers)
+    return Start(policy, classifier, None, numbers)
 
 
 def build_policy(directory: Path, *, config: Config, seed: int) -> dict[str, float]:
@@ -147,7 +134,7 @@ def build_classifier(directory: Path, *, config: Config, seed: int, policy: str)
     held_out = rollouts(model, tokenizer, held_out_rows, config, seed)
     pairs = labelled_pairs(groups, task.meaning, np.random.default_rng(seed), config.label_noise)
 
-    classifier = encoder(tokenizer, config, outputs=2, seed=seed)
+    classifier = encoder(tokenizer, config, seed)
     options = {"max_tokens": config.classifier_max_tokens}
     untrained = held_out_scores(PairClassifier((classifier, tokenizer), **options), held_out, task.meaning)
     train_classifier(
@@ -181,74 +168,8 @@ def ngram_scores(pairs, labels, groups, meaning) -> dict[str, float]:
     return agreement(ngram_similarity(held_out) > threshold, truth_P)
 
 
-def build_reward_model(directory: Path, *, config: Config, seed: int, policy: str) -> dict[str, float]:
-    """A small ModernBERT with one output, trained by TRL on noisy comparisons of the starting policy's rollouts
-    (Bradley-Terry)."""
-    import torch
-    from datasets import Dataset
-    from transformers.trainer_callback import PrinterCallback
-    from trl import RewardConfig, RewardTrainer
-
-    from shared.rewards.reward_model import RewardModel
-    from shared.training.runs import load_policy
-
-    task = make_task(config, seed)
-    policy_model, tokenizer = load_policy(policy)
-    rows, held_out_rows = prompts_of(task, config.classifier_groups)
-    # Half of them hotter: a reward model that has only seen what the policy writes at first is soon outwitted.
-    groups = rollouts(policy_model, tokenizer, rows[::2], config, seed + 1)
-    groups += rollouts(policy_model, tokenizer, rows[1::2], config, seed + 1, temperature=2.0)
-    samples = [(row["prompt"], texts) for row, texts in zip(rows[::2] + rows[1::2], groups, strict=True)]
-    comparisons = task.world.preferences(samples, config.preference_pairs, seed)
-
-    model = encoder(tokenizer, config, outputs=1, seed=seed)
-
-    def ids(row: dict, side: str) -> list[int]:
-        return tokenizer(f"{row['prompt']} {row[side]}")["input_ids"]
-
-    encoded = [{f"{side}_ids": ids(row, side) for side in ("chosen", "rejected")} for row in comparisons]
-    options = RewardConfig(
-        output_dir=str(directory / "trainer"),
-        max_steps=config.reward_model_steps,
-        per_device_train_batch_size=64,
-        learning_rate=config.reward_model_lr,
-        lr_scheduler_type="cosine",
-        warmup_steps=config.reward_model_steps // 12,
-        seed=seed,
-        use_cpu=not torch.cuda.is_available(),
-        bf16=False,
-        gradient_checkpointing=False,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-    )
-    trainer = RewardTrainer(model, options, train_dataset=Dataset.from_list(encoded), processing_class=tokenizer)
-    trainer.remove_callback(PrinterCallback)
-    trainer.train()
-    model.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-
-    score = task.reward(RewardModel(directory, batch_size=512))
-    groups = rollouts(policy_model, tokenizer, held_out_rows, config, seed + 1)
-    prompts = [row["prompt"] for row in held_out_rows]
-    scores = [score([prompt] * len(texts), texts) for prompt, texts in zip(prompts, groups, strict=True)]
-    quality = [[task.world.quality(p, text) for text in texts] for p, texts in zip(prompts, groups, strict=True)]
-    return reward_model_scores(scores, quality)
-
-
-def reward_model_scores(scores: Sequence[Sequence[float]], quality: Sequence[Sequence[float]]) -> dict[str, float]:
-    """How often the reward model orders two rollouts of a prompt as their true quality does (of different quality), and
-    the share of negative scores."""
-    right = []
-    for found, true in zip(scores, quality, strict=True):
-        pairs = [(i, j) for i in range(len(true)) for j in range(i) if abs(true[i] - true[j]) > 1e-9]
-        right += [(found[i] > found[j]) == (true[i] > true[j]) for i, j in pairs]
-    negative = np.mean([value < 0 for found in scores for value in found])
-    return {"pair_accuracy": float(np.mean(right)) if right else 0.0, "negative_share": float(negative)}
-
-
-def encoder(tokenizer, config: Config, *, outputs: int, seed: int):
-    """A small ModernBERT that classifies texts by the mean of its states."""
+def encoder(tokenizer, config: Config, seed: int):
+    """A small ModernBERT with two outputs that classifies texts by the mean of its states."""
     import torch
     from transformers import ModernBertConfig, ModernBertForSequenceClassification
 
@@ -263,7 +184,7 @@ def encoder(tokenizer, config: Config, *, outputs: int, seed: int):
         max_position_embeddings=config.classifier_max_tokens,
         global_attn_every_n_layers=1,
         classifier_pooling="mean",
-        num_labels=outputs,
+        num_labels=2,
         pad_token_id=tokenizer.pad_token_id,
         **dict.fromkeys(("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"), end),
     )
@@ -280,13 +201,11 @@ def prompts_of(task, groups: int) -> tuple[list[dict], list[dict]]:
     return list(islice(cycle(rows[held_out:]), groups)), rows[:held_out]
 
 
-def rollouts(
-    model, tokenizer, rows: Sequence[dict], config: Config, seed: int, temperature: float = 1.0
-) -> list[list[str]]:
-    """Eight samples for each row."""
+def rollouts(model, tokenizer, rows: Sequence[dict], config: Config, seed: int) -> list[list[str]]:
+    """Eight samples at temperature 1 for each row."""
     from shared.generation import SamplingParams, load_sampler
 
-    params = SamplingParams(max_new_tokens=config.max_new_tokens, temperature=temperature, seed=seed)
+    params = SamplingParams(max_new_tokens=config.max_new_tokens, seed=seed)
     sampler = load_sampler("transformers", model, tokenizer=tokenizer, batch_size=config.eval_batch_size)
     completions = sampler.sample([row["prompt"] for row in rows], n=ROLLOUTS, params=params)
     return [[completion.text for completion in found] for found in completions]

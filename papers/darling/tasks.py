@@ -1,6 +1,7 @@
 """What the policy is trained and tested on: prompts, how a response scores and, in the generated worlds, what it says.
 
-The training reward of `operators` and `math` is correctness; that of `ideas` and `wildchat` is a reward model's score.
+The training reward of `operators` and `math` is correctness, that of `wildchat` a reward model's score, that of `ideas`
+a noisy score in the place of one.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from papers.darling.config import Config
 from papers.darling.method import Reward
 from shared.data import ideas, operators
 from shared.experiments import UserError
-
 
 # Qwen's usual sentence; the paper does not give its own.
 MATH_TEMPLATE = "{prompt}\nPlease reason step by step, and put your final answer within \\boxed{}."
@@ -74,8 +74,11 @@ class IdeasTask:
             "remarks": [float(ideas.remark_words(text)) for text in texts],
         }
 
-    def reward(self, reward_model: Reward) -> Reward:
-        return spaced(reward_model)
+    def reward(self, reward_model: Reward | None) -> Reward:
+        def score(prompts, completions, **columns):
+            return [self.world.score(prompt, text) for prompt, text in zip(prompts, completions, strict=True)]
+
+        return score
 
 
 class MathTask:
@@ -145,13 +148,3 @@ def hub_rows(
         found = load_prompts(name, part or "test", source=source, limit=n, seed=0, template=template)
         rows += [{**row, "item": f"{entry}/{row['item']}", "test_set": name} for row in found]
     return rows
-
-
-def spaced(reward: Reward) -> Reward:
-    """Puts a space between prompt and completion, which the generated worlds' tokens need."""
-
-    def with_space(prompts, completions, **columns):
-        return reward([f"{prompt} " for prompt in prompts], completions, **columns)
-
-    with_space.__name__ = getattr(reward, "__name__", "reward_model")
-    return with_space

@@ -110,7 +110,7 @@ def quality_model(config: Config, start):
         return None
     from shared.rewards.reward_model import RewardModel
 
-    model = RewardModel(start.reward_model, batch_size=512 if config.generated else 8)
+    model = RewardModel(start.reward_model, batch_size=8)
     if config.reward_at_cls:
         model.ending = model.tokenizer.cls_token
     return model

@@ -99,14 +99,9 @@ def test_rewards_of_the_generated_worlds(task):
     reward = task.reward(None)
     columns = {"digits": [[3, 4, 5]] * 2, "answer": ["7"] * 2}
     assert reward(["3 4 5 7"] * 2, [RIGHT, WRONG], **columns, extra=[1, 2]) == [1.0, 0.0]
-    seen = {}
-
-    def model(prompts, completions, **columns):
-        seen["texts"] = [p + c for p, c in zip(prompts, completions, strict=True)]
-        return [0.5] * len(prompts)
-
-    assert IdeasTask(Config(task="ideas"), 0).reward(model)(["harbour fog"], ["quiet once"]) == [0.5]
-    assert seen["texts"] == ["harbour fog quiet once"]
+    ideas = IdeasTask(Config(task="ideas"), 0)
+    text = "quiet once keeper tends lamp"
+    assert ideas.reward(None)(["harbour fog"], [text]) == [ideas.world.score("harbour fog", text)]
 
 
 def test_training_and_test_prompts_are_disjoint():

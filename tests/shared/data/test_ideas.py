@@ -86,15 +86,12 @@ def test_traces_follow_the_prior():
     assert {word for prompt, text in examples for word in f"{prompt} {text}".split()} <= set(ideas.VOCABULARY)
 
 
-def test_preferences_are_those_of_a_bradley_terry_judge():
+def test_score_is_quality_with_noise_that_the_text_fixes():
     world = IdeasWorld(0)
-    prompt = "harbour winter"
-    good, bad = sorted(IDEAS, key=lambda idea: -world.idea_quality("harbour", "winter", idea))[:: len(IDEAS) - 1]
-    texts = [f"once once {' '.join(slot[0] for slot in IDEAS[idea])}" for idea in (good, bad)]
-    rows = world.preferences([(prompt, texts)], 4000, sharpness=2.0)
-    margin = world.quality(prompt, texts[0]) - world.quality(prompt, texts[1])
-    expected = 1 / (1 + math.exp(-2.0 * margin))
-    share = np.mean([row["chosen"] == texts[0] for row in rows])
-    assert abs(share - expected) < 5 * math.sqrt(0.25 / 4000)
-    with pytest.raises(UserError, match="two different completions"):
-        world.preferences([(prompt, ["same", "same"])], 1)
+    examples = world.traces(4000, seed=2)
+    noise = np.array([(world.score(p, text) + 5) / 6 - world.quality(p, text) for p, text in examples])
+    assert np.abs(noise).max() <= 0.3
+    assert abs(noise.mean()) < 0.02
+    assert abs(noise.std() - 0.6 / math.sqrt(12)) < 0.01
+    assert world.score(*examples[0]) == IdeasWorld(0).score(*examples[0])
+    assert np.mean([world.score(p, text) < 0 for p, text in examples]) > 0.5
