@@ -157,16 +157,18 @@ def draw_staleness(arms: Arms, out: Path) -> None:
         ax.set_xticks(range(len(names)), [s_label(arms, arm) for arm in names])
         ax.set(xlabel="steps between copies to the generator, s", ylabel=metric.replace("_", " "))
     left.legend()
+    ticks = sorted({s_label(arms, arm) for arm in (*math, *chat)}, key=lambda s: -float(s.replace("∞", "inf")))
     for names, color, label in ((math, COLORS[0], "math"), (chat, COLORS[1], "chat")):
         speed = [arms.summary(arm, "generated_tokens_per_second") for arm in names]
         if not names or None in speed:
             continue
-        right.plot(range(len(names)), [f[0] / 1000 for f in speed], "o-", color=color, label=label)
+        at = [ticks.index(s_label(arms, arm)) for arm in names]
+        right.plot(at, [f[0] / 1000 for f in speed], "o-", color=color, label=label)
         if label == "math":
-            for x, arm in enumerate(names):
+            for x, y, arm in zip(at, speed, names, strict=True):
                 calls = arms.summary(arm, "generator_calls")[0]
-                right.annotate(f"{calls:.0f} calls", (x, speed[x][0] / 1000), xytext=(0, 6), textcoords="offset points")
-    right.set_xticks(range(len(math)), [s_label(arms, arm) for arm in math])
+                right.annotate(f"{calls:.0f} calls", (x, y[0] / 1000), xytext=(0, 6), textcoords="offset points")
+    right.set_xticks(range(len(ticks)), ticks)
     right.set(xlabel="s", ylabel="sampled tokens per second, thousands", ylim=(0, None))
     right.legend(loc="lower left")
     save(fig, out, "staleness")
@@ -203,10 +205,17 @@ def draw_rollouts(arms: Arms, names: Sequence[str], out: Path, name: str) -> Non
                 lines_with_band(ax, *found, arms.title(arm), color)
     if not left.lines:
         return
-    left.set(xlabel="optimizer step", ylabel="entropy of the rollouts, nats per token", ylim=(0, None))
-    right.set(xlabel="optimizer step", ylabel="length of the rollouts, tokens", ylim=(0, None))
+    left.set(xlabel="optimizer step", ylabel=LABELS["entropy"])
+    right.set(xlabel="optimizer step", ylabel=LABELS["length"])
+    for ax in (left, right):
+        from_zero(ax)
     legend_outside(fig)
     save(fig, out, name)
+
+
+def from_zero(ax) -> None:
+    """The vertical axis from 0 to a little above the highest line."""
+    ax.set_ylim(0, 1.08 * ax.get_ylim()[1])
 
 
 def draw_reference(arms: Arms, out: Path) -> None:
@@ -236,7 +245,7 @@ def draw_steps(arms: Arms, names: Sequence[str], panels: Sequence[str], out: Pat
                 lines_with_band(ax, *found, arms.title(arm), color, marker="o" if read == arms.dev else "")
         ax.set(xlabel="optimizer step", ylabel=LABELS[what])
         if what in ("length", "entropy"):
-            ax.set_ylim(0, None)
+            from_zero(ax)
     legend_outside(fig)
     save(fig, out, file)
 
@@ -261,7 +270,8 @@ def draw_chat(arms: Arms, out: Path) -> None:
     for arm, color in colors_of(names).items():
         if found := arms.rollouts(arm, "entropy"):
             lines_with_band(axes[-1], *found, arms.title(arm), color)
-    axes[-1].set(xlabel="optimizer step", ylabel=LABELS["entropy"], ylim=(0, None))
+    axes[-1].set(xlabel="optimizer step", ylabel=LABELS["entropy"])
+    from_zero(axes[-1])
     legend_outside(fig)
     save(fig, out, "chat")
 
