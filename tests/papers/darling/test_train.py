@@ -96,7 +96,7 @@ def test_arms_of_the_generated_worlds(home, arm):
     trained = run_here("train", directory, "--scale", "smoke", "--arm", arm, "--seed", "7")
     found = run_here("eval", directory, "--scale", "smoke", "--arm", arm, "--seed", "7")
     rows = [json.loads(line) for line in (directory / "predictions.jsonl").read_text().splitlines()]
-    assert len(rows) == 4
+    assert len(rows) == (4 if arm.startswith("ops") else 38)  # all prompts of ideas
     assert all(len(row["outputs"]) == 10 for row in rows)
     assert found["classifier_pairs"] == trained["classifier_pairs"] > 0
     assert 1 <= found["distinct"] <= 10
