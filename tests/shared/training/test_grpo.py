@@ -131,7 +131,10 @@ def test_loss_with_clipping_and_kl_is_equation_6(tokenizer, tmp_path):
     loss = trainer.compute_loss(trainer.model, inputs)
     expected = equation_6(trainer.model, inputs, beta=0.3, reference=old, old=old)
     assert trainer._metrics["train"]["clip_ratio/region_mean"][-1] > 0
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    # k3 is a small difference of float32 numbers in TRL.
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
+    without = equation_6(trainer.model, inputs, old=old)
+    assert abs(expected.item() - without.item()) > 1e-2 * abs(loss.item())  # the KL term counts
 
 
 def trainer_logprobs(trainer, inputs):
