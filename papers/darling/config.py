@@ -139,6 +139,8 @@ class Config:
             raise ValueError(
                 f"num_generations: diversity needs at least 2 rollouts per prompt, not {self.num_generations}"
             )
+        if self.eval_temperature in self.sweep:
+            raise ValueError(f"sweep: {self.eval_temperature} is eval_temperature, which is evaluated anyway")
         if self.test_sources and len(self.test_sources) != len(self.test_sets):
             raise ValueError(f"test_sources: {len(self.test_sources)} for {len(self.test_sets)} test_sets")
         if not self.generated:

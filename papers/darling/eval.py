@@ -38,36 +38,37 @@ def evaluate(config: Config, run: Run) -> dict[str, float]:
         raise UserError(f"{run.checkpoint}: no checkpoint; run papers.darling.train with the same arguments")
     task = make_task(config, run.seed)
     rows = task.rows(config.test_split, config.n_test)
-    same, quality = meaning_of(config, task), quality_of(config, task)
-    total = 1 + len(config.sweep)
+    prompts = [row["prompt"] for row in rows]
+    counts = {config.eval_temperature: config.n_samples} | dict.fromkeys(config.sweep, BLOCK)
+    total = 2 * len(counts)
+    samples = {}
     with load_sampler(*sampler_arguments(config, run)) as sampler:
-
-        def sample(n: int, temperature: float):
+        for done, (temperature, n) in enumerate(counts.items(), start=1):
             params = SamplingParams(
                 max_new_tokens=config.eval_max_new_tokens,
                 temperature=temperature,
                 top_p=config.eval_top_p,
                 seed=run.seed,
             )
-            return sampler.sample([row["prompt"] for row in rows], n=n, params=params)
+            samples[temperature] = sampler.sample(prompts, n=n, params=params)
+            run.log(done, total)
 
-        completions = sample(config.n_samples, config.eval_temperature)
-        run.log(1, total)
-        texts = [[completion.text for completion in found] for found in completions]
-        predictions = []
-        for row, found, of_row in zip(rows, texts, completions, strict=True):
-            scores = score_row(row, found, task, quality, same, config.ks)
-            scores["tokens"] = float(np.mean([len(completion.token_ids) for completion in of_row]))
-            item = row.get("item", row["prompt"])
-            record = {"item": item, "prompt": row["prompt"], "outputs": found, "scores": scores}
-            predictions.append(record | {key: row[key] for key in ("answer", "test_set") if key in row})
-        for done, temperature in enumerate(config.sweep):
-            samples = sample(BLOCK, temperature)
-            for record, row, found in zip(predictions, rows, samples, strict=True):
-                at_t = score_row(row, [completion.text for completion in found], task, quality, same, [1])
-                names = ("pass@1", "quality", "distinct")
-                record["scores"] |= {f"{name}_t{temperature:g}": at_t[name] for name in names if name in at_t}
-            run.log(2 + done, total)
+    # Only now that the sampler has let go of the GPU.
+    same, quality = meaning_of(config, task), quality_of(config, task)
+    predictions = []
+    for row, completions in zip(rows, samples.pop(config.eval_temperature), strict=True):
+        texts = [completion.text for completion in completions]
+        scores = score_row(row, texts, task, quality, same, config.ks)
+        scores["tokens"] = float(np.mean([len(completion.token_ids) for completion in completions]))
+        record = {"item": row.get("item", row["prompt"]), "prompt": row["prompt"], "outputs": texts, "scores": scores}
+        predictions.append(record | {key: row[key] for key in ("answer", "test_set") if key in row})
+    for done, (temperature, found) in enumerate(samples.items(), start=len(counts) + 1):
+        for record, row, completions in zip(predictions, rows, found, strict=True):
+            texts = [completion.text for completion in completions]
+            at_t = score_row(row, texts, task, quality, same, [1])
+            names = ("pass@1", "quality", "distinct")
+            record["scores"] |= {f"{name}_t{temperature:g}": at_t[name] for name in names if name in at_t}
+        run.log(done, total)
 
     run.write_predictions(predictions)
     metrics = means(predictions)

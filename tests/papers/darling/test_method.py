@@ -180,6 +180,7 @@ def test_config_says_what_is_valid():
             {"task": "math", "diversity": "true_classes", "model": "m", "test_sets": ["aime25"]},
             "needs a generated task",
         ),
+        ({"sweep": [0.5, 1.0]}, "sweep: 1.0 is eval_temperature"),
         ({"test_sets": ["a"], "test_sources": ["b", "c"]}, "2 for 1 test_sets"),
     ]:
         with pytest.raises(ValueError, match=message):
