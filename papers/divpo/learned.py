@@ -7,6 +7,7 @@ arms that train against it are evaluated by the true quality all the same.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -29,7 +30,11 @@ HELD_OUT = 500  # comparisons of development titles
 
 
 class LearnedReward:
-    """The reward model as a reward for the words of a generated world, which are joined by spaces."""
+    """sigmoid(score): the probability that the story is preferred to one of score 0.
+
+    Scores may be negative, and then the 0 for an answer without five keywords would be a prize. Prompt and words of a
+    generated world are joined by a space.
+    """
 
     __name__ = "learned_reward"
 
@@ -37,7 +42,8 @@ class LearnedReward:
         self.model = model
 
     def __call__(self, prompts: Sequence[str], completions: Completions, **columns) -> list[float | None]:
-        return self.model([f"{prompt} " for prompt in prompts], completions, **columns)
+        scores = self.model([f"{prompt} " for prompt in prompts], completions, **columns)
+        return [1 / (1 + math.exp(-score)) for score in scores]
 
 
 def load_learned_reward(config: Config, run: Run, world: StoryWorld, start: Path) -> Path:

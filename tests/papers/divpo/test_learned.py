@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from papers.divpo.config import Config
-from papers.divpo.learned import SHARPNESS, build_reward_model, compare, load_learned_reward
+from papers.divpo.learned import SHARPNESS, LearnedReward, build_reward_model, compare, load_learned_reward
 from papers.divpo.tasks import build_policy, load_world
 from papers.divpo.train import train
 from shared.experiments import UserError, files
@@ -41,6 +41,16 @@ def test_the_reward_model_learns_the_order(start, tmp_path):
     config = Config(**LEARNED, reward_model_pairs=3000, reward_model_steps=150, reward_model_accuracy=0.55)
     measured = build_reward_model(config, load_world(config), start, 0, tmp_path)
     assert measured["accuracy"] > 0.62
+
+
+def test_no_story_is_worth_less_than_an_answer_without_five_keywords():
+    def scores(prompts, completions, **columns):
+        assert prompts == ["title : "] * 3
+        return [-9.0, 0.0, 4.0]
+
+    reward = LearnedReward(scores)(["title :"] * 3, ["a", "b", "c"])
+    assert reward == pytest.approx([1 / (1 + np.exp(9)), 0.5, 1 / (1 + np.exp(-4))])
+    assert min(reward) > 0
 
 
 def test_one_that_learned_nothing_is_refused(start, tmp_path):
