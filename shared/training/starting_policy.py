@@ -7,6 +7,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,9 @@ def starting_policy(
 
     The measured numbers are in `starting_policy.json` in the directory (`measured`).
     """
-    module = Path(sys.modules[build.__module__].__file__)
-    name = getattr(build, "__qualname__", None) or build.func.__qualname__  # of a functools.partial
-    key = stage_key(module, dict(config), ["starting policy", name, str(seed)], _root(module))
+    function = build.func if isinstance(build, partial) else build
+    module = Path(sys.modules[function.__module__].__file__)
+    key = stage_key(module, dict(config), ["starting policy", function.__qualname__, str(seed)], _root(module))
     directory = _home(run) / "starting_policies" / key
     if not (directory / RECORD).exists() and run.is_main_process:
         directory.parent.mkdir(parents=True, exist_ok=True)

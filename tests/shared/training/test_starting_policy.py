@@ -1,5 +1,6 @@
 """Starting policies: made once, whole or not at all; supervised fine-tuning on completions alone."""
 
+import functools
 import threading
 import time
 
@@ -26,6 +27,16 @@ def test_all_arms_of_a_seed_share_one_policy(make_run):
     assert measured(first) == {"accuracy": 0.25}
     others = {starting_policy(make_run("a"), {"steps": n}, build, seed=s) for n, s in ((3, 1), (4, 0))}
     assert len(others | {first}) == len(built) == 3
+
+
+def build_with(directory, note):
+    (directory / "note").write_text(note)
+    return {}
+
+
+def test_a_partial_function_will_do(make_run):
+    built = starting_policy(make_run(), {"note": "n"}, functools.partial(build_with, note="n"), seed=0)
+    assert (built / "note").read_text() == "n"
 
 
 def test_who_comes_second_waits(make_run):
