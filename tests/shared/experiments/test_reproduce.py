@@ -166,7 +166,7 @@ def test_ctrl_c_stops_everything_and_meanwhile_the_run_is_locked(repo):
         assert time.monotonic() < deadline
         time.sleep(0.05)
         holders = [lock.read_text().split()[1] for lock in locks if lock.exists() and lock.read_text()]
-        stages = [child for child in psutil.Process(process.pid).children() if str(child.pid) in holders]
+        stages = [c for c in psutil.Process(process.pid).children(recursive=True) if str(c.pid) in holders]
     status, output = repo.reproduce(PAPER="toy", ARMS="slow", SEEDS="0")
     assert status == 2
     assert f"{repo.run_dir('slow')} is in use by {locks[1].read_text()}: wait" in output
