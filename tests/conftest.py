@@ -1,6 +1,12 @@
+import os
 import signal
 
 import pytest
+import torch
+
+# Triton reads this when it is first imported, which any test module may cause. On a CPU its kernels are interpreted.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 # What a script starts in the background ignores these signals, and so do its children. Some tests stop processes with
 # them, as a person at a terminal does.

@@ -12,7 +12,6 @@ import torch
 from papers.coconut import tasks
 from papers.coconut.config import Config
 from papers.coconut.data import fact_table, facts_tokenizer, save_json
-from papers.coconut.facts_model import FactEmbedding
 from papers.coconut.method import Batches, Curriculum, special_ids, tokenize_rows
 from papers.coconut.prontoqa import prontoqa_rows
 from papers.coconut.prosqa import balanced_rows, prosqa_rows
@@ -207,6 +206,8 @@ def test_facts_enter_as_the_sum_of_their_nodes():
 
 def test_the_composed_embedding_has_the_gradients_of_its_definition():
     """In float64: the table of all tokens, looked up, against each position composed by itself."""
+    from papers.coconut.facts_model import FactEmbedding
+
     torch.manual_seed(0)
     table = fact_table(facts_tokenizer())
     embedding = FactEmbedding(table.tolist(), 8).double()

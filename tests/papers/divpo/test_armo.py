@@ -2,8 +2,6 @@ import numpy as np
 import pytest
 import torch
 
-from papers.divpo.armo import ArmoRM, LlamaForGatedReward
-
 PROMPTS = [
     [{"role": "user", "content": "Tell me a joke."}],
     [
@@ -16,9 +14,18 @@ PROMPTS = [
 ANSWERS = ["A dog and a girl.", "No.", "Once there was a dog that did not know what to say. " * 3]
 
 
+@pytest.fixture(scope="module")
+def ArmoRM():
+    from papers.divpo.armo import ArmoRM
+
+    return ArmoRM
+
+
 def by_hand(checkpoint, prompt, answer) -> float:
     """One conversation, in float64, from the stored weights: no batch, no padding."""
     from transformers import AutoTokenizer
+
+    from papers.divpo.armo import LlamaForGatedReward
 
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     model = LlamaForGatedReward.from_pretrained(checkpoint, dtype=torch.float64)
@@ -38,24 +45,24 @@ def by_hand(checkpoint, prompt, answer) -> float:
     return float(gate @ (rewards @ weights["reward_transform_matrix"]))
 
 
-def test_score_is_the_gated_sum_of_the_objectives(armo_checkpoint):
+def test_score_is_the_gated_sum_of_the_objectives(ArmoRM, armo_checkpoint):
     scores = ArmoRM(armo_checkpoint, batch_size=2)(PROMPTS, ANSWERS)
     expected = [by_hand(armo_checkpoint, p, a) for p, a in zip(PROMPTS, ANSWERS, strict=True)]
     assert scores == pytest.approx(expected, abs=1e-5)
     assert len({round(score, 3) for score in scores}) == 3
 
 
-def test_batches_and_chat_completions_change_nothing(armo_checkpoint):
+def test_batches_and_chat_completions_change_nothing(ArmoRM, armo_checkpoint):
     reward = ArmoRM(armo_checkpoint, batch_size=16)
     alone = [reward([p], [[{"role": "assistant", "content": a}]])[0] for p, a in zip(PROMPTS, ANSWERS, strict=True)]
     assert reward(PROMPTS, ANSWERS) == pytest.approx(alone, abs=1e-5)
 
 
-def test_another_model_is_refused(reward_checkpoint):
+def test_another_model_is_refused(ArmoRM, reward_checkpoint):
     with pytest.raises(ValueError, match=r"is no ArmoRM: it has no weights for .*gating"):
         ArmoRM(reward_checkpoint)
 
 
-def test_too_long_a_conversation(armo_checkpoint):
+def test_too_long_a_conversation(ArmoRM, armo_checkpoint):
     with pytest.raises(ValueError, match="do not fit into ArmoRM's context"):
         ArmoRM(armo_checkpoint)(PROMPTS[:1], ["word " * 2000])

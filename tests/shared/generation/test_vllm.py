@@ -14,7 +14,6 @@ import psutil
 import pytest
 import torch
 from scipy.stats import chi2_contingency
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from shared.data.hub import load_prompts
 from shared.generation import SamplingParams, load_sampler
@@ -168,6 +167,8 @@ class TestPools:
         with load_sampler("vllm", llama_chat) as sampler:
             params = SamplingParams(max_new_tokens=40, logprobs=True)
             samples = sampler.sample([row["prompt"] for row in rows], 16, params)
+
+        from transformers import AutoModelForCausalLM, AutoTokenizer
 
         model = AutoModelForCausalLM.from_pretrained(llama_chat).eval()
         tokenizer = AutoTokenizer.from_pretrained(llama_chat)

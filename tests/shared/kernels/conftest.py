@@ -1,14 +1,10 @@
 """Inputs of Multi-Token Attention, and the Triton modules: interpreted on a CPU, compiled on a GPU."""
 
 import importlib
-import os
 from dataclasses import dataclass, field
 
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is first imported, which no collection of tests does
 
 SWITCHES = ("kq_pre", "kq_post", "head_pre", "head_post")
 
