@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import random
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from shared.data.writing import (
 )
 from shared.experiments import Run, UserError
 from shared.rewards.contract import checked, texts
+from shared.training.reward_model import Comparison
 
 # Section 3.7 of our notes on the paper: reason, then announce the answer in a box (Minerva's wording is the paper's).
 MATH_TEMPLATE = (
@@ -197,8 +197,6 @@ def starting_points(config: Config, run: Run) -> tuple[Path | str, Path | str]:
 
 def build_policy(config: Config, seed: int, gated: bool, directory: Path) -> dict[str, float]:
     """A Llama from scratch that learns arithmetic from a writer with misconceptions, and writing from a weak writer."""
-    import torch
-
     from shared.models import llama_from_scratch, word_tokenizer
     from shared.training.starting_policy import sft
 
@@ -212,12 +210,9 @@ def build_policy(config: Config, seed: int, gated: bool, directory: Path) -> dic
         heads=world.heads,
         mlp_width=world.mlp_width,
         positions=longest + 8,
+        init_std=INIT_STD / world.width**0.5,
         seed=seed,
     )
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
-                parameter.mul_(INIT_STD / world.width**0.5 / model.config.initializer_range)
     for round_ in range(ROUNDS):
         sft(
             model,
@@ -291,102 +286,47 @@ def build_reward_model(config: Config, seed: int, gated: bool, policy: Path, dir
 
     Returns its accuracy on comparisons that decided nothing: of all kinds, and of the policy's samples alone.
     """
-    import torch
-    from transformers import AutoTokenizer, ModernBertConfig, ModernBertForSequenceClassification
+    from transformers import AutoTokenizer
+
+    from shared.models import encoder_from_scratch
+    from shared.rewards.reward_model import RewardModel
+    from shared.training.reward_model import pair_accuracy, train_reward_model
 
     world = config.generated
     tokenizer = AutoTokenizer.from_pretrained(policy)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = ModernBertForSequenceClassification(
-            ModernBertConfig(
-                vocab_size=len(tokenizer),
-                hidden_size=64,
-                intermediate_size=128,
-                num_hidden_layers=1,
-                num_attention_heads=4,
-                num_labels=1,
-                initializer_range=0.1,  # the default, 0.02, is for far larger models
-                classifier_pooling="mean",
-                global_attn_every_n_layers=1,
-                max_position_embeddings=64,
-                pad_token_id=tokenizer.pad_token_id,
-                eos_token_id=tokenizer.eos_token_id,
-                bos_token_id=None,
-                cls_token_id=None,
-                sep_token_id=None,
-            )
-        )
-    tokenizer.save_pretrained(directory)
+    model = encoder_from_scratch(tokenizer, layers=1, width=64, heads=4, positions=64, outputs=1, seed=seed)
+
+    def accuracy(split: str, **options) -> float:
+        return pair_accuracy(RewardModel(directory, batch_size=512), comparisons(policy, split, 1500, seed, **options))
+
     for round_ in range(ROUNDS):
-        _train_reward_model(config, model, tokenizer, policy, 100 * seed + round_, directory)
-        model.save_pretrained(directory)
-        accuracy = _pair_accuracy(directory, comparisons(policy, "dev", 1500, seed))
-        if accuracy >= world.reward_accuracy or not gated:
+        train_reward_model(
+            model,
+            tokenizer,
+            comparisons(policy, "train", world.reward_pairs, 100 * seed + round_),
+            directory=directory,
+            steps=world.reward_steps,
+            lr=world.reward_lr,
+            warmup_steps=30,
+            seed=100 * seed + round_,
+        )
+        if (found := accuracy("dev")) >= world.reward_accuracy or not gated:
             break
     else:
         raise UserError(
-            f"the reward model of seed {seed} gets {accuracy:.1%} of the held-out comparisons right, fewer than "
+            f"the reward model of seed {seed} gets {found:.1%} of the held-out comparisons right, fewer than "
             f"{world.reward_accuracy:.0%}: raise generated.reward_steps or generated.reward_pairs"
         )
     return {
-        "accuracy": _pair_accuracy(directory, comparisons(policy, "test", 1500, seed)),
-        "accuracy_on_samples": _pair_accuracy(directory, comparisons(policy, "test", 1500, seed, only_policy=True)),
+        "accuracy": accuracy("test"),
+        "accuracy_on_samples": accuracy("test", only_policy=True),
         "rounds": round_ + 1,
     }
 
 
-def _train_reward_model(config: Config, model, tokenizer, policy: Path, seed: int, directory: Path) -> None:
-    """In place."""
-    import torch
-    from datasets import Dataset
-    from transformers.trainer_callback import PrinterCallback
-    from trl import RewardConfig, RewardTrainer
-
-    world = config.generated
-    compared = comparisons(policy, "train", world.reward_pairs, seed)
-    arguments = RewardConfig(
-        output_dir=str(directory / "trainer"),
-        max_steps=world.reward_steps,
-        per_device_train_batch_size=64,
-        learning_rate=world.reward_lr,
-        lr_scheduler_type="cosine",
-        warmup_steps=30,
-        seed=seed,
-        use_cpu=not torch.cuda.is_available(),
-        bf16=False,
-        gradient_checkpointing=False,
-        max_length=None,
-        logging_steps=100,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        remove_unused_columns=False,
-    )
-    ids = {
-        name: tokenizer([f"{prompt} {pair[k]}" for prompt, pair in compared])["input_ids"]
-        for k, name in enumerate(("chosen_ids", "rejected_ids"))
-    }
-    trainer = RewardTrainer(model, arguments, train_dataset=Dataset.from_dict(ids), processing_class=tokenizer)
-    trainer.remove_callback(PrinterCallback)
-    trainer.train()
-    shutil.rmtree(directory / "trainer", ignore_errors=True)
-
-
-def _pair_accuracy(reward_model: Path, compared: Sequence[tuple[str, tuple[str, str]]]) -> float:
-    from shared.rewards.reward_model import RewardModel
-
-    score = WordReward(RewardModel(reward_model, batch_size=512))
-    chosen, rejected = ([pair[k] for _, pair in compared] for k in (0, 1))
-    prompts = [prompt for prompt, _ in compared]
-    return float(np.mean(np.array(score(prompts, chosen)) > np.array(score(prompts, rejected))))
-
-
-def comparisons(
-    policy: Path, split: str, n: int, seed: int, only_policy: bool = False
-) -> list[tuple[str, tuple[str, str]]]:
-    """`n` times (prompt, (chosen, rejected)): a third are samples of the policy at temperature 1.2, the others
-    scribbles; an annotator decides (`prefer`)."""
+def comparisons(policy: Path, split: str, n: int, seed: int, only_policy: bool = False) -> list[Comparison]:
+    """Comparisons for `n` prompts, fewer those of twice the same response: for a third of the prompts the responses
+    are samples of the policy at temperature 1.2, for the others scribbles; an annotator decides (`prefer`)."""
     from shared.generation import SamplingParams, load_sampler
 
     rows = writing_rows(n, split, 20_000 + seed)
@@ -396,4 +336,8 @@ def comparisons(
         sampled = sampler.sample([row["prompt"] for row in rows[:n_policy]], n=2, params=params)
     pairs = [(a.text, b.text) for a, b in sampled]
     pairs += list(zip(*(scribbles(rows[n_policy:], 2 * seed + k) for k in (0, 1)), strict=True))
-    return [(row["prompt"], prefer(row["keywords"], *pair)) for row, pair in zip(rows, pairs, strict=True)]
+    return [
+        (f"{row['prompt']} ", *prefer(row["keywords"], *pair))
+        for row, pair in zip(rows, pairs, strict=True)
+        if pair[0] != pair[1]
+    ]

@@ -3,17 +3,12 @@ updates of one batch of rollouts, a stream of prompts that does not depend on wh
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-# TRL reports each trainer that is made to the hub, over the network.
-os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-
 import torch
 import trl
 from datasets import Dataset

@@ -37,7 +37,6 @@ from torch.utils.data import DataLoader
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-import shared.training.runs  # noqa: F401 - before TRL: it switches telemetry off
 from shared.experiments.errors import UserError
 from shared.generation import Completion, SamplingParams
 from shared.generation.text import complete, context_length, encode_prompts, is_chat

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from numbers import Real
 from pathlib import Path
 from typing import Any
-
-# TRL reports each trainer that is made to the hub, over the network.
-os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 import torch
 from accelerate.utils import broadcast_object_list

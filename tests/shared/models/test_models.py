@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from shared.experiments.errors import UserError
-from shared.models import llama_from_scratch, word_tokenizer
+from shared.models import encoder_from_scratch, llama_from_scratch, word_tokenizer
 
 WORDS = ["{", "}", '"name":', '"Ada"', ",", "a", "b"]
 
@@ -68,3 +68,39 @@ def test_the_seed_decides_the_weights_and_leaves_the_global_generator_alone(toke
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
     assert a.lm_head.weight is a.model.embed_tokens.weight
+
+
+def test_init_std_is_that_of_embeddings_and_matrices(tokenizer):
+    sizes = {"layers": 1, "width": 64, "heads": 2, "positions": 8, "seed": 0}
+    for std, model in (
+        (0.02, llama_from_scratch(tokenizer, **sizes)),
+        (0.3, llama_from_scratch(tokenizer, **sizes, init_std=0.3)),
+    ):
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 2:
+                assert parameter.std().item() == pytest.approx(std, rel=0.1), name
+            else:
+                assert torch.equal(parameter, torch.ones_like(parameter)), name
+
+
+def test_the_encoder_reads_words_in_any_order_and_no_padding(tokenizer, tmp_path):
+    from transformers import AutoModelForSequenceClassification
+
+    sizes = {"layers": 1, "width": 16, "heads": 2, "positions": 8, "outputs": 3}
+    model, again, other = (encoder_from_scratch(tokenizer, **sizes, seed=seed).eval() for seed in (1, 1, 2))
+    ids, padded = torch.tensor([tokenizer("a b {")["input_ids"]]), torch.full((1, 6), tokenizer.pad_token_id)
+    padded[0, :3] = ids
+    logits_13 = model(ids).logits
+    assert logits_13.shape == (1, 3)
+    torch.testing.assert_close(
+        model(padded, attention_mask=(padded != tokenizer.pad_token_id).long()).logits, logits_13
+    )
+    torch.testing.assert_close(again(ids).logits, logits_13)
+    assert not torch.allclose(other(ids).logits, logits_13)
+    # The first word hears of the last: it is no decoder.
+    changed = ids.clone()
+    changed[0, -1] = tokenizer("}")["input_ids"][0]
+    first, first_changed = (model.model(x).last_hidden_state[0, 0] for x in (ids, changed))
+    assert not torch.allclose(first, first_changed)
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(AutoModelForSequenceClassification.from_pretrained(tmp_path)(ids).logits, logits_13)
