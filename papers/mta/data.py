@@ -155,18 +155,23 @@ class FindBlock:
 
 
 def _distinct_letters(rng: np.random.Generator, n: int, size: int) -> np.ndarray:
-    """(n, size) letters 0..25, distinct in each row, all orders equally likely."""
-    return rng.random((n, len(LETTERS)), dtype=np.float32).argsort(-1)[:, :size]
+    """(n, size) letters 0..25, distinct in each row, all orders equally likely: the first steps of a shuffle."""
+    letters = np.tile(np.arange(len(LETTERS)), (n, 1))
+    rows = np.arange(n)
+    for i in range(size):
+        j = rng.integers(i, len(LETTERS), n)
+        letters[rows, j], letters[:, i] = letters[:, i].copy(), letters[rows, j]
+    return letters[:, :size]
 
 
 def _letter_set(letters: np.ndarray) -> np.ndarray:
-    """The last axis as a bit set."""
-    return (1 << letters).sum(-1)
+    """The last axis as a bit set. One letter at a time: numpy is slow at sums over short axes."""
+    return sum(1 << letters[..., i] for i in range(letters.shape[-1]))
 
 
 def _repeated(blocks_BKN: np.ndarray) -> np.ndarray:
     """(B, K): the block stands in its context already, further left."""
-    code_BK = (blocks_BKN * len(LETTERS) ** np.arange(blocks_BKN.shape[-1])).sum(-1)
+    code_BK = sum(blocks_BKN[..., i] * len(LETTERS) ** i for i in range(blocks_BKN.shape[-1]))
     order = code_BK.argsort(axis=1, kind="stable")
     ordered = np.take_along_axis(code_BK, order, axis=1)
     repeated = np.zeros(code_BK.shape, dtype=bool)

@@ -21,7 +21,7 @@ from typing import ClassVar, Literal
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -403,6 +403,8 @@ class DiffAttention(MTAAttention):
 
     def attend(self, q_BHTD, k_BGSD, v_BGSD, mask, segment_ids, dropout_p=0.0, backend="auto") -> torch.Tensor:
         v_BGSD = torch.cat([v_BGSD, v_BGSD], dim=1)
+        # As wide as the values, for which torch has a fused kernel; the zeros add nothing to the logits.
+        q_BHTD, k_BGSD = (pad(x, (0, self.head_dim)) for x in (q_BHTD, k_BGSD))
         first, second = sdpa(q_BHTD, k_BGSD, v_BGSD, mask, dropout_p, self.scaling).chunk(2, dim=1)
         plus, minus = (self.lambda_q.float() * self.lambda_k.float()).sum(-1).exp()
         return first - (plus - minus + self.lambda_init).to(first.dtype) * second
