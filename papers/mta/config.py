@@ -94,6 +94,8 @@ class Config:
     warmup_steps: int = 0
     beta2: float = 0.98
     weight_decay: float = 0.0
+    kernel_weight_decay: float | None = None
+    """Of key-query kernels and head mixers; None: `weight_decay`, as in the paper."""
     clip: float = 1.0
     """Largest gradient norm."""
     bf16: bool = False

@@ -10,7 +10,8 @@ Scores per test item (predictions.jsonl) and means (eval.json):
     babilong_4k, ...            1 if the question was answered with so much distraction (Fig. 5)
     harness_TASK                lm-eval-harness' accuracy, one number; harness_TASK_perplexity for LAMBADA (Table 4)
     added_parameters            parameters that a plain Transformer lacks, as a share of those that it has
-`pretrained_` before a metric of text: before the second training stage. kernels.json has the learned kernels.
+`pretrained_` before a metric of text: before the second training stage. kernels.json has the learned kernels,
+attention.json the weights with which the model answers one question of find-block.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ def evaluate(config: Config, run: Run) -> dict[str, float]:
     if config.task == "findblock":
         model, tokenizer = load_checkpoint(run.checkpoint)
         rows, metrics = answer_find_block(config, model, tokenizer), {}
+        files.write_json(run.dir / "attention.json", attention_of_one_answer(config, model, tokenizer))
     else:
         rows, metrics = [], {}
         for number, part in enumerate(parts := stages(config, run)):
@@ -107,6 +109,29 @@ def answer_find_block(config: Config, model, tokenizer) -> list[dict]:
             }
         )
     return rows
+
+
+def attention_of_one_answer(config: Config, model, tokenizer) -> dict:
+    """For the last question of the first test context: the tokens (S,) before the answer, the tokens [start, stop) of
+    the block that it is about, and the weights of the position that answers, (layers, H, S)."""
+    import torch
+
+    from papers.mta.tasks import find_block
+
+    task = find_block(config)
+    batch = task.test_batch(config.n_test)
+    (at,) = (batch.query_of[0] == config.n_queries - 1).nonzero(as_tuple=True)
+    ids_S = batch.input_ids[0, : at[0]]
+    tokens = tokenizer.convert_ids_to_tokens(ids_S.tolist())
+    block = next(
+        i
+        for i in range(1, len(tokens), task.block_size + 1)
+        if set(tokens[-task.query_size :]) <= set(tokens[i : i + task.block_size])
+    )
+    with torch.no_grad():
+        maps = model(input_ids=ids_S[None].to(model.device), use_cache=False, output_attentions=True).attentions
+    weights_LHS = torch.stack([map_BHTS[0, :, -1] for map_BHTS in maps]).float().tolist()
+    return {"tokens": tokens, "block": [block, block + task.block_size], "weights": weights_LHS}
 
 
 # ---- text -----------------------------------------------------------------------------------------------------------

@@ -2,8 +2,8 @@
 
     python -m papers.mta.plot --runs runs/mta/tiny --out runs/mta/tiny/figures
 
-Everything comes from log.jsonl, eval.json, predictions.jsonl and kernels.json; a figure whose arms were not run is left
-out.
+Everything comes from log.jsonl, eval.json, predictions.jsonl, kernels.json and attention.json; a figure whose arms were
+not run is left out.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ Found = dict[str, dict[int, Path]]  # arm -> seed -> run directory
 
 LM_ARMS = ("lm_transformer", "lm_diff", "lm_talking_heads", "lm_mta")
 INIT_ARMS = ("first_mta", "first_mta_zero", "first_mta_constant")
+HEAD_ARMS = ("lm_talking_heads", "lm_mta_no_norm", "lm_mta")
 SIZES = ("_300m", "_550m", "", "_1b")
+N_KQ_LAYERS = {f"lm_mta_kq_layers_{n}": n for n in (0, 2, 4, 8)} | {"lm_mta": 6, "lm_mta_kq_layers_12": 12}
+HEAD_GROUPS = {f"lm_mta_head_group_{n}": n for n in (1, 2, 4, 8, 16)}
 
 
 def draw(runs: Path, out: Path) -> None:
@@ -40,6 +43,10 @@ def draw(runs: Path, out: Path) -> None:
     for arm in ("first_mta", "last_mta", "lm_mta"):
         if arm in found:
             draw_kernels(next(iter(found[arm].values())), paper.arms[arm].title, out, f"kernels_{arm}")
+    draw_attention(found, paper, [arm for arm in ("first_transformer", "first_mta") if arm in found], out)
+    draw_head_mixing(found, paper, [arm for arm in HEAD_ARMS if arm in found], out)
+    draw_ablation(found, N_KQ_LAYERS, "layers with key-query kernels", out, "kq_layers")
+    draw_ablation(found, HEAD_GROUPS, "heads mixed with each other", out, "head_groups")
     if lms := [arm for arm in LM_ARMS if arm in found]:
         draw_lm(found, paper, lms, out)
         draw_retrieval(found, paper, lms, out)
@@ -141,6 +148,80 @@ def draw_kernels(run: Path, title: str, out: Path, name: str) -> None:
     save(fig, out, name)
 
 
+def draw_attention(found: Found, paper: Paper, arms: Sequence[str], out: Path) -> None:
+    """With what weights the position that answers a question looks at the context: a row per layer and head.
+
+    One question, the same for all arms; of a long context the part around its block, which is between the lines.
+    """
+    if not arms:
+        return
+    examples = [files.read_json(next(iter(found[arm].values())) / "attention.json") for arm in arms]
+    fig, panels = figure(columns=len(arms), width=1.0 + 5.2 * len(arms), height=2.6)
+    panels = np.atleast_1d(panels)
+    for ax, arm, example in zip(panels, arms, examples, strict=True):
+        begin, end = example["block"]
+        shown = slice(max(0, begin - 30), end + 30)
+        weights_LHS = np.array(example["weights"])[..., shown]
+        rows = [f"{layer}.{head}" for layer, head in np.ndindex(weights_LHS.shape[:2])]
+        image = ax.imshow(weights_LHS.reshape(len(rows), -1), cmap="Blues", vmin=0, vmax=1, aspect="auto")
+        ax.set_xticks(range(weights_LHS.shape[-1]), [t if len(t) == 1 else "" for t in example["tokens"][shown]])
+        ax.set_yticks(range(len(rows)), rows)
+        ax.grid(visible=False)
+        for x in (begin, end):
+            ax.axvline(x - shown.start - 0.5, color="#222222", linewidth=0.8)
+        ax.set(title=paper.arms[arm].title, ylabel="layer.head")
+    fig.colorbar(image, ax=panels.tolist(), shrink=0.8, label="weight")
+    save(fig, out, "attention")
+
+
+def draw_head_mixing(found: Found, paper: Paper, arms: Sequence[str], out: Path) -> None:
+    """Head mixers by layer: size of their diagonal, and of the rest beside it (Figures 16, 17)."""
+    if not arms:
+        return
+    fig, (left, right) = figure(columns=2, width=9.5, height=3.2)
+    for arm, color in zip(arms, few_colors(arms), strict=True):
+        kernels = [files.read_json(path / "kernels.json") for path in found[arm].values()]
+        for kind, marker in (("head_pre", "o"), ("head_post", "s")):
+            layers = [layer for layer in kernels[0] if kind in kernels[0][layer]]
+            if not layers:
+                continue
+            sizes_SL2 = np.array([[diagonal_and_rest(seed[layer][kind]) for layer in layers] for seed in kernels])
+            label = f"{paper.arms[arm].title}, {kind.removeprefix('head_')}"
+            style = {"color": color, "marker": marker}
+            lines_with_band(left, [int(layer) for layer in layers], sizes_SL2[..., 0], label, **style)
+            ratio_SL = sizes_SL2[..., 1] / sizes_SL2[..., 0]
+            lines_with_band(right, [int(layer) for layer in layers], ratio_SL, label, **style)
+    left.set(xlabel="layer", ylabel="mean size of the diagonal")
+    right.set(xlabel="layer", ylabel="mean size off the diagonal, by that on it")
+    legend_outside(fig)
+    save(fig, out, "head_mixing")
+
+
+def diagonal_and_rest(mixer: list) -> tuple[float, float]:
+    """Mean absolute value on and off the diagonal of (H, H) or (groups, c_h, c_h) mixers; off it 0 where c_h = 1."""
+    size_CC = np.abs(np.array(mixer)).reshape(-1, len(mixer[-1]), len(mixer[-1])).mean(0)
+    n = len(size_CC)
+    diagonal = float(np.trace(size_CC))
+    return diagonal / n, (float(size_CC.sum()) - diagonal) / max(1, n * (n - 1))
+
+
+def draw_ablation(found: Found, values: dict[str, int], label: str, out: Path, name: str) -> None:
+    """Perplexity against a setting of MTA, with those of two baselines as lines (Figures 5 and 6)."""
+    arms = [arm for arm in values if arm in found]
+    if len(arms) < 2:
+        return
+    fig, ax = figure()
+    perplexity_XS = [per_seed(found, arm, "perplexity") for arm in arms]
+    lines_with_band(ax, [values[arm] for arm in arms], np.transpose(perplexity_XS), "MTA", marker="o")
+    for arm, style in (("lm_transformer", ":"), ("lm_diff", "--")):
+        if arm in found:
+            mean = float(np.mean(per_seed(found, arm, "perplexity")))
+            ax.axhline(mean, color="#222222", linestyle=style, linewidth=1, label=arm.removeprefix("lm_"))
+    ax.set(xlabel=label, ylabel="perplexity")
+    ax.legend()
+    save(fig, out, name)
+
+
 def draw_lm(found: Found, paper: Paper, arms: Sequence[str], out: Path) -> None:
     """Left, validation loss during training; right, at the end, how far from the Transformer's."""
     fig, (left, right) = figure(columns=2, width=9.5, height=3.3)
@@ -187,13 +268,16 @@ def draw_retrieval(found: Found, paper: Paper, arms: Sequence[str], out: Path) -
             legend_outside(fig)
             save(fig, out, name)
     if config["babilong"]:
-        lengths = config["babilong_lengths"]
-        fig, ax = figure()
-        for arm, color in zip(arms, few_colors(arms), strict=True):
-            y_SX = np.transpose([per_seed(found, arm, f"babilong_{length}") for length in lengths])
-            lines_with_band(ax, range(len(lengths)), y_SX, paper.arms[arm].title, color=color, marker="o")
-        ax.set(xlabel="distraction, tokens", ylabel="accuracy, mean of the tasks", ylim=(0, 1.02))
-        ax.set_xticks(range(len(lengths)), lengths)
+        lengths, tasks = config["babilong_lengths"], config["babilong_tasks"]
+        names = {"mean": "babilong_"} | {task: f"babilong_{task}_" for task in tasks}
+        fig, panels = figure(columns=len(names), width=1.5 + 2.2 * len(names), height=3.0)
+        for ax, (title, metric) in zip(panels, names.items(), strict=True):
+            for arm, color in zip(arms, few_colors(arms), strict=True):
+                y_SX = np.transpose([per_seed(found, arm, f"{metric}{length}") for length in lengths])
+                lines_with_band(ax, range(len(lengths)), y_SX, paper.arms[arm].title, color=color, marker="o")
+            ax.set(title=title, xlabel="distraction, tokens", ylim=(0, 1.02))
+            ax.set_xticks(range(len(lengths)), lengths)
+        panels[0].set_ylabel("accuracy")
         legend_outside(fig)
         save(fig, out, "babilong")
 

@@ -103,12 +103,19 @@ def train_stage(
 
 
 def new_optimizer(config: Config, model):
-    """AdamW over all parameters alike: the paper's weight decay also pulls at the kernels."""
+    """AdamW; the paper's weight decay also pulls at the kernels, away from the identity, unless they have their own."""
     import torch
 
-    betas = (0.9, config.beta2)
+    named = dict(model.named_parameters())
+    groups = [{"params": list(named.values())}]
+    if config.kernel_weight_decay is not None:
+        kernels = [name for name in named if ".kernels." in name]
+        groups = [
+            {"params": [named.pop(name) for name in kernels], "weight_decay": config.kernel_weight_decay},
+            {"params": list(named.values())},
+        ]
     return torch.optim.AdamW(
-        model.parameters(), lr=config.lr, betas=betas, weight_decay=config.weight_decay, fused=True
+        groups, lr=config.lr, betas=(0.9, config.beta2), weight_decay=config.weight_decay, fused=True
     )
 
 

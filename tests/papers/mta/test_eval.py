@@ -61,6 +61,25 @@ def test_error_of_a_reader_who_is_right_as_often_as_we_say(answer, wrong):
     assert all(row["prompt"].startswith("<bos>") for row in rows)
 
 
+@pytest.mark.parametrize("attention", ["mta", "transformer"])
+def test_attention_of_an_answer_is_that_of_the_position_before_it(attention):
+    from papers.mta.eval import attention_of_one_answer
+
+    config = find_config(answer="all")
+    config.model.attention = attention
+    model, tokenizer = model_for(config)
+    found = attention_of_one_answer(config, model, tokenizer)
+    *blocks, _ = "".join(found["tokens"][1:]).split("#")
+    assert len(blocks) == 2  # the last of the two questions, its answer not shown
+    block = found["tokens"][slice(*found["block"])]
+    assert len(block) == 3
+    assert set(found["tokens"][-2:]) <= set(block)
+    ids = torch.tensor([tokenizer.convert_tokens_to_ids(found["tokens"])])
+    whole = model(input_ids=torch.cat([ids, ids[:, :3]], dim=1), output_attentions=True, use_cache=False).attentions
+    expected = torch.stack([map_BHTS[0, :, ids.shape[1] - 1, : ids.shape[1]] for map_BHTS in whole])
+    torch.testing.assert_close(torch.tensor(found["weights"]), expected, rtol=1e-4, atol=1e-6)
+
+
 def test_kernels_and_the_share_of_added_parameters():
     from papers.mta.eval import is_added, learned_kernels
 

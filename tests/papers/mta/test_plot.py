@@ -16,6 +16,7 @@ SETTINGS = {
     "needle_depths": [0.0, 1.0],
     "babilong": None,
     "babilong_lengths": ["0k", "4k"],
+    "babilong_tasks": ["qa1", "qa3"],
 }
 LONG = {**SETTINGS, "task": "slimpajama", "needles": [2, 6], "needle_contexts": [64, 128], "babilong": "given"}
 
@@ -37,13 +38,22 @@ def make_runs(path, arms: dict[str, dict]):
                         {"item": name, "context": context, "n_needles": n, "depth": float(i // 2), "scores": scores}
                     )
             metrics = {metric: float(items.mean()), "perplexity": 3.0 + seed, "parameters": 10**8 * (1 + seed)}
-            metrics |= {"babilong_0k": 0.5, "babilong_4k": 0.2}
+            metrics |= {f"babilong_{task}{n}k": 0.5 - 0.1 * n for task in ("", "qa1_", "qa3_") for n in (0, 4)}
             run.mkdir(parents=True)
             files.write_jsonl(run / "predictions.jsonl", rows)
             files.write_json(run / "eval.json", {"metrics": metrics, "config": settings})
             files.write_json(run / "train.json", {"metrics": {}})
-            kernels = {"0": {"kq_pre": rng.normal(size=(2, 2, 5)).tolist(), "head_pre": [[1, 0], [0, 1]]}}
+            kernels = {
+                "0": {
+                    "kq_pre": rng.normal(size=(2, 2, 5)).tolist(),
+                    "head_pre": [[1, 0], [0, 1]],
+                    "head_post": [[[1.0]], [[2.0]]],
+                }
+            }
             files.write_json(run / "kernels.json", kernels)
+            weights = rng.dirichlet(np.ones(12), size=(2, 2)).tolist()
+            attention = {"tokens": ["<bos>", *"abc.def.#da"], "block": [5, 8], "weights": weights}
+            files.write_json(run / "attention.json", attention)
             log = [{"stage": "train", "step": step, "total": 3, "loss": 1.0, metric: 0.5} for step in (1, 2, 3)]
             files.write_jsonl(run / "log.jsonl", log)
     files.write_json(path / "runs.json", [[arm, seed] for arm in arms for seed in (0, 1)])
@@ -69,6 +79,7 @@ def test_some_arms_are_enough(tmp_path):
     make_runs(tmp_path / "runs", {"first_mta": SETTINGS})
     draw(tmp_path / "runs", tmp_path / "a")
     assert {path.stem for path in (tmp_path / "a").glob("*.png")} == {
+        "attention",
         "find_block",
         "find_block_curves",
         "kernels_first_mta",
@@ -76,7 +87,7 @@ def test_some_arms_are_enough(tmp_path):
     shutil.rmtree(tmp_path / "runs")
     make_runs(tmp_path / "runs", {"lm_mta": SETTINGS | {"task": "docs"}})
     draw(tmp_path / "runs", tmp_path / "b")
-    assert {path.stem for path in (tmp_path / "b").glob("*.png")} == {"lm", "kernels_lm_mta"}
+    assert {path.stem for path in (tmp_path / "b").glob("*.png")} == {"head_mixing", "lm", "kernels_lm_mta"}
 
 
 def test_errors_of_a_repeated_and_of_one_matched_letter_agree_with_the_task():
@@ -96,6 +107,14 @@ def test_errors_of_a_repeated_and_of_one_matched_letter_agree_with_the_task():
     # The task removes blocks that hold both letters, so the formula is not exact.
     assert 1 - np.mean(right) == pytest.approx(lines["one letter matched"], abs=0.02)
     assert 1 - np.mean(repeated) == pytest.approx(lines["a letter of the query repeated"], abs=0.03)
+
+
+def test_head_mixers_have_a_diagonal_and_a_rest():
+    from papers.mta.plot import diagonal_and_rest
+
+    assert diagonal_and_rest([[2.0, -0.5], [0.1, -4.0]]) == pytest.approx((3.0, 0.3))
+    assert diagonal_and_rest([[[2.0, 0.5], [0.1, 4.0]], [[-1.0, 0.0], [0.2, 1.0]]]) == pytest.approx((2.0, 0.2))
+    assert diagonal_and_rest([[[2.0]], [[-3.0]]]) == (2.5, 0.0)
 
 
 def test_needle_accuracy_by_number_and_depth(tmp_path):

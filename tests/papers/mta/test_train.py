@@ -170,6 +170,26 @@ def test_micro_batches_add_up_to_the_batch():
         torch.testing.assert_close(parameters, found[0][1], rtol=1e-5, atol=1e-6)
 
 
+def test_kernels_decay_like_everything_else_or_as_told():
+    """Trap: in the paper's recipe decay pulls the kernels away from the identity."""
+    from papers.mta.tasks import build_model, tokenizer_of
+    from papers.mta.train import new_optimizer
+
+    shrunk = {}
+    for kernel_decay in (None, 0.0, 0.2):
+        settings = config({"attention": "mta"}, weight_decay=0.1, kernel_weight_decay=kernel_decay, lr=0.5)
+        model = build_model(settings, tokenizer_of(settings))
+        before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        new_optimizer(settings, model).step()
+        for name, parameter in model.named_parameters():
+            expected = kernel_decay if ".kernels." in name and kernel_decay is not None else 0.1
+            torch.testing.assert_close(parameter.detach(), before[name] * (1 - 0.5 * expected))
+        shrunk[kernel_decay] = model.model.layers[1].self_attn.kernels["kq_pre"].max().item()
+    assert shrunk == pytest.approx({None: 0.95, 0.0: 1.0, 0.2: 0.9})
+
+
 def test_a_loss_that_is_not_finite_ends_training(tmp_path):
     from papers.mta.train import train
 
