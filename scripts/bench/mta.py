@@ -258,7 +258,7 @@ def ways_on(device: str) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--what", default="kq,heads,all", help="comma-separated; default kq,heads,all")
+    parser.add_argument("--what", default=",".join(WHAT), help=f"comma-separated; default {','.join(WHAT)}")
     parser.add_argument("--ways", help="comma-separated; default: all that the device has")
     parser.add_argument("--lengths", help="comma-separated; default by device")
     parser.add_argument("--device", choices=DEFAULTS, help="default: cuda where there is one")

@@ -122,6 +122,25 @@ def test_each_epoch_shows_every_sequence_once_in_a_new_order(small_library):
     assert seen[:n] != seen[n : 2 * n]
 
 
+@pytest.mark.parametrize("attention", ["transformer", "diff", "talking_heads", "mta"])
+def test_training_attends_across_packed_documents_in_every_arm(attention, small_library):
+    """As the paper's does: where a document ends nothing is reset."""
+    from papers.mta.tasks import build_model, tokenizer_of, training_batches
+
+    settings = config({"attention": attention}, task="docs", context_length=60)
+    tokenizer = tokenizer_of(settings)
+    batch = training_batches(settings, tokenizer, 5, 0, 1).take(0)
+    assert batch.keys() == {"input_ids", "labels"}
+    model = build_model(settings, tokenizer).eval()
+    text = tokenizer("list of<eos><bos>the key", return_tensors="pt")["input_ids"]
+    assert tokenizer.eos_token_id in text
+    changed = text.clone()
+    changed[0, 0] = tokenizer.pad_token_id  # a token like another: batches have no attention mask
+    with torch.no_grad():
+        difference = model(input_ids=text).logits[0, -1] - model(input_ids=changed).logits[0, -1]
+    assert difference.abs().max() > 1e-4
+
+
 def test_needle_documents_are_a_share_of_training_and_learnt_whole(small_library):
     from papers.mta.tasks import load_docs
 
