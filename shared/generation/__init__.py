@@ -91,8 +91,8 @@ class Sampler(Protocol):
         batched arithmetic). A prompt that occurs twice gets different samples: sampling `[p, p]` with n=1 equals
         sampling `[p]` with n=2. Long lists can therefore be sampled in pieces.
 
-        Raises ValueError or TypeError naming the prompt's index for an empty or malformed prompt, one that does not
-        fit into the model's context, and chat messages without a chat template.
+        Raises PromptError (a UserError and a ValueError) or TypeError naming the prompt's index for an empty or
+        malformed prompt, one that does not fit into the model's context, and chat messages without a chat template.
         """
         ...
 

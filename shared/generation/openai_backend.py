@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 import os
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import httpx
 
+from shared.experiments.errors import UserError
 from shared.generation import DEFAULT_PARAMS, Completion, Prompt, SamplingParams
 from shared.generation.text import check_prompts, is_chat, seeds_of_rows
 
 RETRIED_STATUS = {408, 409, 429, 500, 502, 503, 504, 529}
+HOPELESS_STATUS = {401, 403, 404}  # the key, the address or the model's name is wrong, whatever the prompt
+FAILURES_IN_A_ROW = 3  # prompts, after which `sample_each` takes the server for dead
 FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds between attempts; doubled each time
 
 
@@ -68,9 +71,31 @@ class OpenAISampler:
     def sample(
         self, prompts: Sequence[Prompt], n: int = 1, params: SamplingParams = DEFAULT_PARAMS
     ) -> list[list[Completion]]:
-        """See `Sampler.sample`. Raises RuntimeError, naming prompt, endpoint and status, when the server fails."""
+        """See `Sampler.sample`. Raises ServerError, naming prompt, endpoint and status, when the server fails."""
         check_prompts(prompts, n)
-        return asyncio.run(self._sample_all(prompts, n, params))
+        return asyncio.run(self._sample_all(prompts, n, params, stop_at=lambda error: True))
+
+    def sample_each(
+        self, prompts: Sequence[Prompt], n: int = 1, params: SamplingParams = DEFAULT_PARAMS
+    ) -> list[list[Completion] | ServerError]:
+        """As `sample`, but a prompt that the server refuses or fails on has its error in its place, and the others
+        their completions.
+
+        Raises ServerError if the server wants another key, address or model, fails on three prompts in a row, or
+        answers none: a dead server is not one with a few bad prompts.
+        """
+        check_prompts(prompts, n)
+        in_a_row = 0
+
+        def is_dead(error: ServerError | None) -> bool:
+            nonlocal in_a_row
+            in_a_row = in_a_row + 1 if error is not None and not error.refused else 0
+            return in_a_row == FAILURES_IN_A_ROW or (error is not None and error.status in HOPELESS_STATUS)
+
+        found = asyncio.run(self._sample_all(prompts, n, params, stop_at=is_dead))
+        if found and all(isinstance(each, ServerError) for each in found):
+            raise found[0]
+        return found
 
     def close(self) -> None:
         """Nothing to do: connections live as long as a call of `sample`."""
@@ -81,7 +106,14 @@ class OpenAISampler:
     def __exit__(self, *exc_info) -> None:
         self.close()
 
-    async def _sample_all(self, prompts: Sequence[Prompt], n: int, params: SamplingParams) -> list[list[Completion]]:
+    async def _sample_all(
+        self,
+        prompts: Sequence[Prompt],
+        n: int,
+        params: SamplingParams,
+        stop_at: Callable[[ServerError | None], bool],
+    ) -> list[list[Completion] | ServerError]:
+        """stop_at: is told how each prompt ended (None: well); True ends all requests and raises the error."""
         key = os.environ.get(self.api_key_env, "").strip()
         client = httpx.AsyncClient(
             headers={"Authorization": f"Bearer {key}"} if key else {},
@@ -90,16 +122,21 @@ class OpenAISampler:
         )
         slots = asyncio.Semaphore(self.max_concurrency)
 
-        async def sample_one(index: int, prompt: Prompt, seeds: list[int]) -> list[Completion]:
+        async def sample_one(index: int, prompt: Prompt, seeds: list[int]) -> list[Completion] | ServerError:
             async with slots:
                 try:
-                    return await self._sample(client, prompt, seeds, params)
+                    completions = await self._sample(client, prompt, seeds, params)
                 except ServerError as error:
-                    raise RuntimeError(f"prompt {index}: {error}") from error
+                    named = ServerError(f"prompt {index}: {error}", error.status)
+                    if stop_at(named):
+                        raise named from error
+                    return named
+            stop_at(None)
+            return completions
 
         seeds = seeds_of_rows(prompts, n, params.seed)
         try:
-            async with client, asyncio.TaskGroup() as group:  # the first failure cancels the other requests
+            async with client, asyncio.TaskGroup() as group:  # what one of them raises cancels the others
                 tasks = [
                     group.create_task(sample_one(i, p, s)) for i, (p, s) in enumerate(zip(prompts, seeds, strict=True))
                 ]
@@ -135,7 +172,7 @@ class OpenAISampler:
             body["stop"] = list(params.stop)
         if is_chat(prompt):
             return body | {"messages": list(prompt)} | ({"logprobs": True} if params.logprobs else {})
-        prompt = prompt if isinstance(prompt, str) else list(prompt)
+        prompt = prompt if isinstance(prompt, str) else [int(token) for token in prompt]
         return body | {"prompt": prompt} | ({"logprobs": 1} if params.logprobs else {})
 
     async def _post(self, client: httpx.AsyncClient, endpoint: str, body: dict) -> httpx.Response:
@@ -154,7 +191,8 @@ class OpenAISampler:
                 problem = f"HTTP {response.status_code}: {_shortened(response.text)}"
                 if response.status_code not in RETRIED_STATUS:
                     raise ServerError(
-                        f"{endpoint} refused the request with {problem}{self._hint(response.status_code)}"
+                        f"{endpoint} refused the request with {problem}{self._hint(response.status_code)}",
+                        response.status_code,
                     )
                 asked_wait = _seconds(response.headers.get("Retry-After"))
             if attempt < self.max_retries:
@@ -173,8 +211,19 @@ class OpenAISampler:
         return ""
 
 
-class ServerError(RuntimeError):
-    """The server did not answer as it should."""
+class ServerError(UserError, RuntimeError):
+    """The server did not answer as it should.
+
+    status: the HTTP status with which it refused the request for good; None if it failed otherwise.
+    """
+
+    def __init__(self, message: str, status: int | None = None):
+        super().__init__(message)
+        self.status = status
+
+    @property
+    def refused(self) -> bool:
+        return self.status is not None
 
 
 def _read_completions(endpoint: str, response: httpx.Response, logprobs: bool) -> list[Completion]:

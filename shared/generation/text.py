@@ -9,11 +9,16 @@ import numbers
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
+from shared.experiments.errors import UserError
 from shared.generation import Completion, Prompt
 
 
+class PromptError(UserError, ValueError):
+    """A prompt that cannot be sampled from; the message names its index."""
+
+
 def check_prompts(prompts: Sequence[Prompt], n: int) -> None:
-    """Raise ValueError or TypeError, naming the index, unless each prompt is text, messages or token ids, not empty."""
+    """Raise PromptError or TypeError, naming the index, unless each is text, messages or token ids, and not empty."""
     if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Sequence):
         raise TypeError(
             f"prompts must be a list of prompts, not {type(prompts).__name__}; for one prompt pass [prompt]"
@@ -27,11 +32,11 @@ def check_prompts(prompts: Sequence[Prompt], n: int) -> None:
                 f"not {type(prompt).__name__}"
             )
         if len(prompt) == 0:
-            raise ValueError(f"prompt {index} is empty")
+            raise PromptError(f"prompt {index} is empty")
         if is_chat(prompt):
             for message in prompt:
                 if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
-                    raise ValueError(f"prompt {index}: a chat message needs the keys role and content: {message!r}")
+                    raise PromptError(f"prompt {index}: a chat message needs the keys role and content: {message!r}")
         elif not isinstance(prompt, str):
             for token in prompt:
                 if not isinstance(token, numbers.Integral) or token < 0:
@@ -59,11 +64,11 @@ def encode_prompts(prompts: Sequence[Prompt], tokenizer, vocab_size: int, contex
         else:
             ids = [int(token) for token in prompt]
         if not ids:
-            raise ValueError(f"prompt {index} has no tokens: {prompt!r}")
+            raise PromptError(f"prompt {index} has no tokens: {prompt!r}")
         if max(ids) >= vocab_size:
-            raise ValueError(f"prompt {index} has token id {max(ids)}, but the model knows only {vocab_size} tokens")
+            raise PromptError(f"prompt {index} has token id {max(ids)}, but the model knows only {vocab_size} tokens")
         if context is not None and len(ids) >= context:
-            raise ValueError(
+            raise PromptError(
                 f"prompt {index} has {len(ids)} tokens, which leaves no room to generate "
                 f"in the model's context of {context}; shorten it"
             )
@@ -73,14 +78,14 @@ def encode_prompts(prompts: Sequence[Prompt], tokenizer, vocab_size: int, contex
 
 def _render_chat(index: int, messages: Sequence[dict], tokenizer) -> list[int]:
     if tokenizer.chat_template is None:
-        raise ValueError(
+        raise PromptError(
             f"prompt {index} is a list of chat messages, but the tokenizer of {tokenizer.name_or_path!r} has no chat "
             "template; pass plain text, or set tokenizer.chat_template"
         )
     try:
         return tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False)
     except Exception as error:  # templates raise what they like, often for a role they do not know
-        raise ValueError(f"prompt {index}: the chat template refuses these messages: {error}") from error
+        raise PromptError(f"prompt {index}: the chat template refuses these messages: {error}") from error
 
 
 def seeds_of_rows(prompts: Sequence[Prompt], n: int, seed: int) -> list[list[int]]:
@@ -92,7 +97,7 @@ def seeds_of_rows(prompts: Sequence[Prompt], n: int, seed: int) -> list[list[int
     seen: Counter[bytes] = Counter()
     seeds = []
     for prompt in prompts:
-        content = json.dumps(prompt, sort_keys=True).encode()
+        content = json.dumps(prompt, sort_keys=True, default=int).encode()  # int: of numpy's token ids
         seeds.append([_hash(seed, number, content) for number in range(seen[content], seen[content] + n)])
         seen[content] += n
     return seeds

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from string import Formatter
 from typing import Generic, TypeVar
 
 from shared.generation import Completion, Prompt, Sampler, SamplingParams
-from shared.generation.openai_backend import ServerError
+from shared.generation.openai_backend import OpenAISampler, ServerError
 from shared.rewards.contract import Completions, checked, column, conversation, log_shares, texts
 
 T = TypeVar("T")
-
-FAILURES_IN_A_ROW = 3  # of single questions, after which the server is taken for dead
 
 
 class Judge(Generic[T]):
@@ -24,7 +23,8 @@ class Judge(Generic[T]):
     sampler: answers the questions; greedily by default.
     read: from the text of a reply to the verdict; None if there is none in it.
     counts: so far, "rows" (questions), "unparsable" (replies without a verdict), "truncated" (those of them that
-        reached the limit of tokens), "failed" (the server gave no answer in spite of the sampler's retries).
+        reached the limit of tokens), "failed" (the server refused the question, or gave no answer in spite of the
+        sampler's retries; a warning says why).
     """
 
     def __init__(
@@ -39,8 +39,8 @@ class Judge(Generic[T]):
     def ask(self, questions: Sequence[Prompt]) -> list[T | None]:
         """The verdict on each question; None, and counted, where there is none.
 
-        Raises ServerError if the server answers nothing at all (three questions in a row, or all there are): a dead
-        judge must not look like one without an opinion.
+        Raises ServerError if the server is dead (see `OpenAISampler.sample_each`): it must not look like a judge
+        without an opinion.
         """
         verdicts = []
         self.counts["rows"] += len(questions)
@@ -55,24 +55,13 @@ class Judge(Generic[T]):
         return verdicts
 
     def _replies(self, questions: Sequence[Prompt]) -> list[Completion | None]:
-        if not questions:
-            return []
-        try:
+        if not isinstance(self.sampler, OpenAISampler):
             return [replies[0] for replies in self.sampler.sample(questions, params=self.params)]
-        except ServerError:
-            if len(questions) == 1:
-                raise
-        # One question made the whole batch fail: find out which.
-        found, in_a_row = [], 0
-        for question in questions:
-            try:
-                found.append(self.sampler.sample([question], params=self.params)[0][0])
-                in_a_row = 0
-            except ServerError:
-                found.append(None)
-                in_a_row += 1
-                if in_a_row == min(FAILURES_IN_A_ROW, len(questions)):
-                    raise
+        found: list[Completion | None] = []
+        for replies in self.sampler.sample_each(questions, params=self.params):
+            if isinstance(replies, ServerError):
+                warnings.warn(f"the judge did not answer: {replies}", stacklevel=4)
+            found.append(None if isinstance(replies, ServerError) else replies[0])
         return found
 
 

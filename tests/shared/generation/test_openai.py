@@ -1,64 +1,17 @@
 """The client against a real HTTP server on this machine, scripted by each test."""
 
-import json
 import socket
 import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import numpy as np
 import pytest
 
 from shared.generation import Completion, SamplingParams, load_sampler, openai_backend
+from shared.generation.openai_backend import ServerError
+from tests.openai_server import Server, completions, in_turn
 
 CHAT = [{"role": "user", "content": "What is 2 + 2?"}]
-
-
-class Server:
-    """Answers POST requests with `answer(path, body) -> (status, headers, content)` and keeps them in `requests`."""
-
-    def __init__(self):
-        self.requests = []
-        self.headers = []
-        self.answer = None
-        self.most_at_once = 0
-        self._now = 0
-        self._lock = threading.Lock()
-        outer = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                with outer._lock:
-                    outer.requests.append((self.path, body))
-                    outer.headers.append(dict(self.headers))
-                    outer._now += 1
-                    outer.most_at_once = max(outer.most_at_once, outer._now)
-                status, headers, content = outer.answer(self.path, body)
-                with outer._lock:
-                    outer._now -= 1
-                content = content if isinstance(content, bytes) else json.dumps(content).encode()
-                self.send_response(status)
-                for name, value in {"Content-Length": len(content), **headers}.items():
-                    self.send_header(name, str(value))
-                self.end_headers()
-                self.wfile.write(content)
-
-            def log_message(self, *args):
-                pass
-
-        class QuietServer(ThreadingHTTPServer):
-            daemon_threads = True
-
-            def handle_error(self, request, client_address):
-                """A client that went away, as the tests of timeouts do."""
-
-        self._server = QuietServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_port}/v1"
-        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-
-    def close(self):
-        self._server.shutdown()
-        self._server.server_close()
 
 
 @pytest.fixture
@@ -70,16 +23,6 @@ def server(monkeypatch):
     server.answer = lambda path, body: (200, {}, completions(*[f"text {i}" for i in range(body["n"])]))
     yield server
     server.close()
-
-
-def completions(*texts):
-    return {"choices": [{"index": i, "text": t, "finish_reason": "stop"} for i, t in enumerate(texts)]}
-
-
-def in_turn(*answers):
-    """An `answer` that gives these one after another, and the last one ever after."""
-    left = list(answers)
-    return lambda path, body: left.pop(0) if len(left) > 1 else left[0]
 
 
 def test_text_goes_to_completions(server):
@@ -314,3 +257,67 @@ def test_where_the_server_is(monkeypatch):
     assert load_sampler("openai", "m").base_url == "https://api.openai.com/v1"
     monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:1/v1")
     assert load_sampler("openai", "m").base_url == "http://127.0.0.1:1/v1"
+
+
+BAD = 400, {}, {"error": "too long for me"}
+DOWN = 503, {}, {"error": "down"}
+
+
+def by_prompt(**answers):
+    """An `answer` by the prompt's first word; others are answered with the prompt."""
+
+    def answer(path, body):
+        return answers.get(body["prompt"].split()[0], (200, {}, completions(body["prompt"])))
+
+    return answer
+
+
+def test_sample_each_keeps_what_the_server_answered(server):
+    server.answer = by_prompt(bad=BAD, down=DOWN)
+    sampler = load_sampler("openai", "m", base_url=server.url, max_retries=1)
+    prompts = ["a", "bad 1", "b", "down", "bad 2", "bad 3", "bad 4", "c"]
+    rows = sampler.sample_each(prompts)
+    for i, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
+        if " " in prompt or prompt == "down":
+            assert isinstance(row, ServerError)
+            assert str(row).startswith(f"prompt {i}: http")
+            assert (row.status, row.refused) == ((400, True) if " " in prompt else (None, False))
+        else:
+            assert [c.text for c in row] == [prompt]
+    asked = [body["prompt"] for _, body in server.requests]
+    assert sorted(asked) == sorted([*prompts, "down"])  # nothing is asked again but what may be answered then
+    assert sampler.sample_each([]) == []
+
+
+@pytest.mark.parametrize(("status", "requests"), [(401, 1), (404, 1), (503, 3)])
+def test_sample_each_gives_up_a_server_that_answers_nothing(server, status, requests):
+    server.answer = in_turn((status, {}, {"error": "?"}))
+    sampler = load_sampler("openai", "m", base_url=server.url, max_retries=0, max_concurrency=1)
+    with pytest.raises(ServerError, match=f"HTTP {status}"):
+        sampler.sample_each([f"p{i}" for i in range(9)])
+    assert len(server.requests) == requests
+
+
+def test_sample_each_raises_where_every_prompt_is_refused(server):
+    server.answer = in_turn(BAD)
+    with pytest.raises(ServerError, match=r"prompt 0: .*too long for me"):
+        load_sampler("openai", "m", base_url=server.url).sample_each(["a", "b", "c", "d"])
+    assert len(server.requests) == 4
+
+
+def test_sample_each_gives_up_where_the_server_dies_on_the_way(server):
+    """An answer in between begins the count anew."""
+    server.answer = by_prompt(down=DOWN)
+    sampler = load_sampler("openai", "m", base_url=server.url, max_retries=0, max_concurrency=1)
+    rows = sampler.sample_each(["down", "down", "a", "down", "down", "b"])
+    assert [isinstance(row, ServerError) for row in rows] == [True, True, False, True, True, False]
+    with pytest.raises(ServerError, match="prompt 3"):
+        sampler.sample_each(["a", "down", "down", "down", "b"])
+    assert len(server.requests) == 6 + 4
+
+
+def test_token_ids_may_be_numpys(server):
+    sampler = load_sampler("openai", "m", base_url=server.url)
+    sampler.sample([list(np.array([5, 6]))])
+    sampler.sample([[5, 6]])
+    assert server.requests[0] == server.requests[1]

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from shared.experiments.errors import UserError
 from shared.generation import SamplingParams, load_sampler
+from shared.generation.text import PromptError
 
 
 @pytest.fixture(scope="module")
@@ -274,8 +276,9 @@ def test_no_prompts_no_completions(sampler):
     ],
 )
 def test_prompts_the_model_cannot_take(sampler, prompt, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(PromptError, match=message) as raised:
         sampler.sample(["a", prompt])
+    assert isinstance(raised.value, UserError)  # no traceback
 
 
 def test_no_chat_template(model, tokenizer):
