@@ -10,6 +10,9 @@ from shared.experiments.errors import UserError
 
 Completions = Sequence[str | Sequence[Mapping]]
 
+# What TRL passes to rewards beside the dataset's columns.
+NOT_COLUMNS = {"completion_ids", "trainer_state", "log_extra", "log_metric", "environments"}
+
 
 def texts(completions: Completions) -> list[str]:
     """The text of each completion: a string as it is, of chat messages the content of the last (None counts as "").
@@ -34,9 +37,8 @@ def texts(completions: Completions) -> list[str]:
 def column(name: str, columns: Mapping, rows: int, reward: str) -> Sequence:
     """The dataset's column `name`, checked to have one entry per row."""
     if name not in columns:
-        raise UserError(
-            f"{reward} needs the dataset column {name!r}; the dataset has: {', '.join(sorted(columns)) or 'none'}"
-        )
+        has = sorted(columns.keys() - NOT_COLUMNS)
+        raise UserError(f"{reward} needs the dataset column {name!r}; the dataset has: {', '.join(has) or 'none'}")
     if len(columns[name]) != rows:
         raise ValueError(f"{reward}: column {name!r} has {len(columns[name])} rows for {rows} completions")
     return columns[name]
@@ -45,14 +47,21 @@ def column(name: str, columns: Mapping, rows: int, reward: str) -> Sequence:
 def checked(rewards: Sequence[float | None], rows: int, reward: str) -> list[float | None]:
     """`rewards` as Python floats, one per row, each finite or None.
 
-    Raises ValueError naming the row with NaN or infinity, or the wrong number of rows.
+    Raises ValueError naming the row with NaN, infinity or something that is not a number, or the wrong number of rows.
     """
+    if not hasattr(rewards, "__len__"):
+        raise ValueError(f"{reward} returned {rewards!r} for {rows} completions; it must return a list")
     if len(rewards) != rows:
         raise ValueError(f"{reward} returned {len(rewards)} rewards for {rows} completions")
-    result = [None if value is None else float(value) for value in rewards]
-    for row, value in enumerate(result):
-        if value is not None and not math.isfinite(value):
-            raise ValueError(f"{reward} returned {value} for row {row}; a reward must be a finite number or None")
+    result = []
+    for row, value in enumerate(rewards):
+        try:
+            number = None if value is None else float(value)
+        except (TypeError, ValueError):
+            number = math.nan
+        if number is not None and not math.isfinite(number):
+            raise ValueError(f"{reward} returned {value!r} for row {row}; a reward must be a finite number or None")
+        result.append(number)
     return result
 
 

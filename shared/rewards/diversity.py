@@ -20,6 +20,7 @@ class NGramDiversityReward:
     __name__ = "ngram_diversity"
 
     def __init__(self, group_size: int, n: int = 4):
+        _check_group_size(group_size)
         self.group_size, self.n = group_size, n
 
     def __call__(self, prompts: Sequence, completions: Completions, **columns) -> list[float | None]:
@@ -38,8 +39,7 @@ class SemanticDiversityReward:
     __name__ = "semantic_diversity"
 
     def __init__(self, group_size: int, same: Same):
-        if group_size < 2:
-            raise ValueError(f"diversity needs at least 2 samples per prompt, not {group_size}")
+        _check_group_size(group_size)
         self.group_size, self.same = group_size, same
 
     def __call__(self, prompts: Sequence, completions: Completions, **columns) -> list[float | None]:
@@ -74,8 +74,7 @@ def class_diversity(classes: Sequence[int], floor: float = 0.1) -> np.ndarray:
     The floor keeps the product with a quality reward from vanishing; it is in the authors' code, not in the paper.
     """
     n = len(classes)
-    if n < 2:
-        raise ValueError(f"diversity needs at least 2 samples per prompt, not {n}")
+    _check_group_size(n)
     sizes = Counter(classes)
     return np.array([max(floor, (n - sizes[c]) / (n - 1)) for c in classes])
 
@@ -104,6 +103,11 @@ def word_rarity(group: Sequence[str], ignore: Collection[str] = ()) -> np.ndarra
     return np.array([-np.mean([having[w] for w in each]) / len(group) if each else -1.0 for each in found])
 
 
+def _check_group_size(n: int) -> None:
+    if n < 2:
+        raise ValueError(f"diversity needs at least 2 samples per prompt, not {n}")
+
+
 def _equal_pairs(members: Sequence[str]) -> list[tuple[int, int]]:
     first = {text: i for i, text in reversed(list(enumerate(members)))}
     return [(first[text], i) for i, text in enumerate(members) if first[text] != i]
@@ -120,7 +124,7 @@ def _groups(prompts: Sequence, completions: Completions, size: int) -> list[list
     found = texts(completions)
     if len(prompts) != len(found):
         raise ValueError(f"{len(prompts)} prompts for {len(found)} completions")
-    if size < 1 or len(found) % size:
+    if len(found) % size:
         raise ValueError(
             f"{len(found)} completions are not groups of {size}; in TRL, make per_device_train_batch_size x "
             "steps_per_generation a multiple of num_generations, so that no group is split between processes"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from shared.experiments.errors import UserError
 from shared.rewards.contract import Completions, checked, texts
 
 
@@ -44,12 +45,12 @@ class RewardModel:
             output_loading_info=True,
         )
         if loaded["missing_keys"]:
-            raise ValueError(
+            raise UserError(
                 f"{checkpoint} has no weights for {', '.join(sorted(loaded['missing_keys']))}, which would be random; "
                 "is it a reward model? If its weights have other names, give key_mapping"
             )
         if model.config.num_labels != 1:
-            raise ValueError(f"{checkpoint} has {model.config.num_labels} outputs; a reward model has one")
+            raise UserError(f"{checkpoint} has {model.config.num_labels} outputs; a reward model has one")
         self.model = model.to(self.device).eval()
 
     def __call__(self, prompts: Sequence, completions: Completions, **columns) -> list[float | None]:
@@ -63,7 +64,7 @@ class RewardModel:
         return checked(rewards, len(completions), f"reward model {self.__name__}")
 
     def _encode(self, prompts: Sequence, completions: Completions) -> list[list[int]]:
-        """Token ids; raises ValueError naming a row that is empty or does not fit into the model's context."""
+        """Token ids; raises UserError naming a row that is empty or does not fit into the model's context."""
         context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         encoded = []
         for row, (prompt, text) in enumerate(zip(prompts, texts(completions), strict=True)):
@@ -74,9 +75,9 @@ class RewardModel:
                 rendered = self.tokenizer.apply_chat_template(messages, tokenize=False) + self.ending
                 ids = self.tokenizer(rendered, add_special_tokens=False)["input_ids"]
             if not ids:
-                raise ValueError(f"row {row}: prompt and completion are empty, there is nothing to score")
+                raise UserError(f"row {row}: prompt and completion are empty, there is nothing to score")
             if context is not None and len(ids) > context:
-                raise ValueError(
+                raise UserError(
                     f"row {row}: {len(ids)} tokens do not fit into the reward model's context of {context}; "
                     "lower the limits of prompt and completion"
                 )

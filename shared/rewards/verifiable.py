@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -43,7 +44,7 @@ class MathReward:
 
     def __call__(self, prompts: Sequence, completions: Completions, **columns) -> list[float | None]:
         gold = column(self.gold, columns, len(completions), self.__name__)
-        outcomes = [_WORKER.compare(str(g), text) for g, text in zip(gold, texts(completions), strict=True)]
+        outcomes = [_WORKER.compare(_as_text(g), text) for g, text in zip(gold, texts(completions), strict=True)]
         happened = Counter({kind: outcomes.count(kind) for kind in FAILURES}, rows=len(outcomes))
         self.counts.update(happened)
         log_shares(happened, columns, self.__name__)
@@ -51,13 +52,23 @@ class MathReward:
         return checked(rewards, len(completions), self.__name__)
 
 
+def _as_text(gold: object) -> str:
+    """A dataset's missing value is no answer: None, or NaN where other rows hold numbers."""
+    return "" if gold is None or gold != gold else str(gold)
+
+
 class _Worker:
     """A process that compares answers, started when first needed and again after it has died of a hard comparison."""
 
     def __init__(self):
+        self.forget()
+        atexit.register(self.close)
+        os.register_at_fork(after_in_child=self.forget)
+
+    def forget(self) -> None:
+        """Begin anew: a forked process that used its parent's worker would read answers to the parent's questions."""
         self._lock = threading.Lock()
         self._process: subprocess.Popen | None = None
-        atexit.register(self.close)
 
     def compare(self, gold: str, text: str) -> str:
         """ "right", "wrong", "no_answer", "gold_unparsable" or "timeout"."""

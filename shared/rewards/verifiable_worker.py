@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import resource
 import signal
 import sys
@@ -29,7 +30,7 @@ def main(cpu_seconds: float) -> None:
 
     def compare(gold: str, text: str) -> str:
         gold = after_marker(gold)
-        if not ("$" in gold or "\\boxed" in gold):
+        if not (re.search(r"(?<!\\)\$", gold) or "\\boxed" in gold):  # \\$ is an amount of dollars
             gold = f"${gold}$"
         gold = parse(gold, [latex, ExprExtractionConfig()], parsing_timeout=None)
         if not gold:
@@ -59,7 +60,7 @@ def main(cpu_seconds: float) -> None:
 def after_marker(text: str) -> str:
     """What follows the last `####` on its line, as a formula; `text` itself if it has none, or a box."""
     _, marker, after = text.rpartition("####")
-    answer = (after.strip().splitlines() or [""])[0].replace("$", "").strip()
+    answer = (after.strip().splitlines() or [""])[0].replace("$", "").strip(" *").removesuffix(".")
     return f"${answer}$" if marker and answer and "\\boxed" not in text else text
 
 

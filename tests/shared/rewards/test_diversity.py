@@ -78,6 +78,8 @@ def test_groups_must_be_whole():
         reward(["p"], ["a", "b"])
     with pytest.raises(ValueError, match="at least 2"):
         SemanticDiversityReward(1, lambda pairs: [])
+    with pytest.raises(ValueError, match="at least 2"):
+        NGramDiversityReward(1)
     with pytest.raises(ValueError, match="0 answers for 1 pairs"):
         SemanticDiversityReward(2, lambda pairs: [])(["p"] * 2, ["a", "b"])
 

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from shared.experiments.errors import UserError
 from shared.rewards.reward_model import RewardModel
 
 TEXTS = ["ab", "", "é cd a", "hhhh ef. g", "a</s>", "ba"]
@@ -67,9 +68,9 @@ def test_conversations_are_rendered_and_the_ending_appended(reward):
 
 
 def test_rows_that_cannot_be_scored_are_named(reward):
-    with pytest.raises(ValueError, match=r"row 1: 18 tokens do not fit .* context of 16"):
+    with pytest.raises(UserError, match=r"row 1: 18 tokens do not fit .* context of 16"):
         reward(["p:"] * 2, ["a", "b" * 16])
-    with pytest.raises(ValueError, match="row 1: prompt and completion are empty"):
+    with pytest.raises(UserError, match="row 1: prompt and completion are empty"):
         reward(["p:", ""], ["a", ""])
     weight = reward.model.score.weight
     saved = weight.detach().clone()
@@ -83,9 +84,9 @@ def test_rows_that_cannot_be_scored_are_named(reward):
 
 
 def test_only_reward_models_are_accepted(checkpoints):
-    with pytest.raises(ValueError, match=r"no weights for score\.weight, which would be random"):
+    with pytest.raises(UserError, match=r"no weights for score\.weight, which would be random"):
         RewardModel(checkpoints["language model"], device="cpu")
-    with pytest.raises(ValueError, match="has 2 outputs"):
+    with pytest.raises(UserError, match="has 2 outputs"):
         RewardModel(checkpoints[2], device="cpu")
 
 

@@ -26,6 +26,13 @@ CASES = [
     ("72", "####", 0),
     ("x^2+2x+1", r"\boxed{(x+1)^2}", 1),
     ("3", r"\boxed{\text{π≈3}}", 0),
+    ("72", "#### 72.", 1),
+    ("72", "#### **72**", 1),
+    (r"\$1,250", r"\boxed{1250}", 1),  # dollars in gold are no formula's begin
+    (r"\$18", r"\boxed{\$18}", 1),
+    (r"$\$18$", r"\boxed{19}", 0),
+    ("$3$, $-3$", r"\boxed{-3, 3}", 1),
+    ("$3$, $-3$", r"\boxed{3}", 0),
 ]
 
 
@@ -53,6 +60,7 @@ def test_gold_without_an_answer_does_not_apply(reward):
     scores = reward(["p"] * 2, [r"\boxed{1}"] * 2, answer=["", "1"], log_metric=logged.__setitem__)
     assert scores == [None, 1]
     assert logged == {"math/gold_unparsable": 0.5, "math/no_answer": 0, "math/timeout": 0}
+    assert reward(["p"] * 3, [r"\boxed{1}"] * 3, answer=[None, float("nan"), 1.0]) == [None, None, 1]
 
 
 def test_missing_column_and_wrong_number_of_rows(reward):
@@ -79,3 +87,21 @@ def test_a_hard_comparison_is_stopped_also_in_a_thread(reward, monkeypatch):
     assert reward(["p"], texts[:1], answer=["1"]) == [1]
     worker.close()
     assert worker._process is None
+
+
+def test_a_forked_process_has_a_worker_of_its_own(reward):
+    """With its parent's it would read the answers to the parent's questions."""
+    right, wrong = [r"\boxed{1}"], [r"\boxed{2}"]
+    assert reward(["p"], right, answer=["1"]) == [1]
+    parents = verifiable._WORKER._process
+    child = os.fork()
+    if child == 0:
+        ok = False
+        try:
+            ok = reward(["p"], wrong, answer=["1"]) == [0] and verifiable._WORKER._process.pid != parents.pid
+            verifiable._WORKER.close()
+        finally:
+            os._exit(0 if ok else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert verifiable._WORKER._process is parents
+    assert reward(["p"] * 2, right + wrong, answer=["1"] * 2) == [1, 0]
