@@ -42,7 +42,7 @@ class PromptSet:
     optional: columns that `convert` uses where they exist.
     config: the hub's name of the part to load.
     file: the one file to load, where the repository has others that are not data or of another kind.
-    unique: drop all but one of several rows with the same text.
+    unique: drop all but one of several rows with the same text, whatever its white space.
     held_out: `test` and `validation` are this many rows of the hub's only split each, `train` is the rest.
     """
 
@@ -213,10 +213,11 @@ def _converted(
             continue
         item, text = row.pop("item", None), row.pop("text")
         item = f"{name}/{i}" if item is None else str(item)
-        if dataset.unique and text in texts:
-            dropped["duplicate"] += 1
-            continue
-        texts.add(text)
+        if dataset.unique:
+            if (same := " ".join(text.split())) in texts:
+                dropped["duplicate"] += 1
+                continue
+            texts.add(same)
         if item in items:
             raise UserError(f"{label}: rows {items[item]} and {i} have the same identifier {item!r}")
         items[item] = i

@@ -253,11 +253,11 @@ class TestFilters:
 
     def test_synthetic_sources_and_duplicates(self, write, capsys):
         rows = [numina(f"p{i}", source=s) for i, s in enumerate(["orca_math", "synthetic_amc", "synthetic_math"])]
-        rows += [numina("a"), numina("b"), numina("a"), numina("c", source="synthetic")]
+        rows += [numina("a  d"), numina("b"), numina("a\nd"), numina("c", source="synthetic")]
         kept = [
             row["question"] for split in DATASETS["numinamath"].splits for row in self.load(write, rows, split=split)
         ]
-        assert sorted(kept) == ["a", "b", "c"]
+        assert sorted(kept) == ["a  d", "b", "c"]
         assert "dropped: synthetic 3, duplicate 1" in capsys.readouterr().err
 
     @pytest.mark.parametrize(
