@@ -89,9 +89,9 @@ class Config:
     reward_model_learned: bool = False
     """keywords in a generated world: train against a reward model learned from comparisons, not against the rule."""
     reward_model_pairs: int = capped(16_000, smoke=200)
-    reward_model_steps: int = capped(400, smoke=3)
-    reward_model_lr: float = 1e-3
-    reward_model_accuracy: float = capped(0.7, smoke=0.0)
+    reward_model_steps: int = capped(300, smoke=3)
+    reward_model_lr: float = 2e-3
+    reward_model_accuracy: float = capped(0.65, smoke=0.0)
     """Least share of held-out pairs that it must order right."""
     judge_model: str | None = None
     judge_backend: str = "openai"

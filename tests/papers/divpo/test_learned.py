@@ -20,21 +20,28 @@ def start(tmp_path_factory):
 
 def test_comparisons_follow_bradley_terry(start):
     world = load_world(Config(**LEARNED))
-    rows = {row["prompt"]: row for row in world.rows("train")}
+    rows = {f"{row['prompt']} ": row for row in world.rows("train")}
     compared = compare(world, list(rows.values()), start, 3000, seed=0)
-    margins, better = [], []
-    for prompt, preferred, other, is_better in compared:
+    margins = []
+    for prompt, preferred, other in compared:
         topic = rows[prompt]["topic"]
-        margin = world.quality(topic, preferred) - world.quality(topic, other)
+        margins.append(world.quality(topic, preferred) - world.quality(topic, other))
         assert len(preferred.split()) == len(other.split()) == 5
-        if margin:
-            assert is_better == (margin > 0)
-            margins.append(abs(margin))
-            better.append(is_better)
-    expected = 1 / (1 + np.exp(-SHARPNESS * np.array(margins)))
+    assert 1000 < len(margins) <= 3000
+    assert 0 not in margins
+    expected = 1 / (1 + np.exp(-SHARPNESS * np.abs(margins)))
     deviation = np.sqrt(np.sum(expected * (1 - expected)))
-    assert abs(np.sum(better) - np.sum(expected)) < 4 * deviation
-    assert 0.55 < np.mean(better) < 0.99
+    assert abs(np.sum(np.array(margins) > 0) - np.sum(expected)) < 4 * deviation
+    assert 0.55 < np.mean(np.array(margins) > 0) < 0.99
+
+
+def test_held_out_comparisons_have_the_true_order(start):
+    world = load_world(Config(**LEARNED))
+    rows = {f"{row['prompt']} ": row for row in world.rows("dev")}
+    compared = compare(world, list(rows.values()), start, 300, seed=1, sharpness=np.inf)
+    assert len(compared) > 100
+    for prompt, better, worse in compared:
+        assert world.quality(rows[prompt]["topic"], better) > world.quality(rows[prompt]["topic"], worse)
 
 
 def test_the_reward_model_learns_the_order(start, tmp_path):
