@@ -6,6 +6,7 @@ that are bad. Good and bad are ends of the range of rewards, `rho` of it wide; w
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
@@ -110,6 +111,11 @@ class DivPO:
         )
         return [[] if c == VOID else [(int(c), int(r))] for c, r in zip(chosen_P, rejected_P, strict=True)]
 
+    @property
+    def counts(self) -> Counter[str]:
+        """Of the judge (`shared.rewards.judge.Judge`); empty for a criterion that asks none."""
+        return self.criterion.judge.counts if isinstance(self.criterion, LLMJudge) else Counter()
+
 
 def rewards_of(pools: Sequence[Pool]) -> np.ndarray:
     """[P, N], NaN where a sample has no reward."""
@@ -181,7 +187,7 @@ class LLMJudge:
     """A language model picks the most (least) diverse sample among those that it is shown, all pools in one batch.
 
     Its question asks for the criteria of the paper: unique words, rarity, structure of phrases (the wording is ours).
-    judge: `judge.counts` says how many replies held no number; numbers that stand for no response are void, too.
+    judge: `judge.counts` says how many replies held no number, or one that stands for no response: they are void.
     """
 
     def __init__(self, sampler: Sampler, max_new_tokens: int = 256):
@@ -199,6 +205,8 @@ class LLMJudge:
         for p, shown, number in zip(asked, members, self.judge.ask(questions), strict=True):
             if number is not None and 1 <= number <= len(shown):
                 picks[p] = shown[number - 1]
+            elif number is not None:
+                self.judge.counts["unparsable"] += 1
         return picks
 
 

@@ -48,10 +48,10 @@ def train(config: Config, run: Run) -> dict[str, float]:
     fit(trainer, run)
     save_policy(trainer, tokenizer, run)
     rows = [row for row in files.read_jsonl(run.dir / "log.jsonl") if row["stage"] == "train"]
-    names = ("reward", "usable", "equal", "truncated", "empty", "unscored")
-    means = {
-        name: sum(row[f"rollout/{name}"] for row in rows if f"rollout/{name}" in row) / len(rows) for name in names
-    }
+    means = {}
+    for name in ("reward", "usable", "equal", "truncated", "empty", "unscored", "judge_unparsable", "judge_failed"):
+        if values := [row[f"rollout/{name}"] for row in rows if f"rollout/{name}" in row]:
+            means[name] = sum(values) / len(values)
     return {"steps": config.steps, **means}
 
 

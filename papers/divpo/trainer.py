@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -16,7 +17,8 @@ from shared.training.preference import PreferenceTrainer
 
 class DivPOTrainer(PreferenceTrainer):
     """Logged beside the rest, of each step: rollout/unique, the diversity of its samples (`rollout_diversity`), and
-    rollout/equal, the share of its prompts whose samples all have the same reward.
+    rollout/equal, the share of its prompts whose samples all have the same reward. Where a judge selects:
+    rollout/judge_unparsable and rollout/judge_failed, shares of its questions that got no choice, or no answer at all.
 
     Args:
         select_all: the pairs of each of many pools.
@@ -29,7 +31,13 @@ class DivPOTrainer(PreferenceTrainer):
 
     def make_pools(self, indices: Sequence[int], seed: int) -> list[Pool]:
         pools = super().make_pools(indices, seed)
-        return [replace(pool, pairs=pairs) for pool, pairs in zip(pools, self.select_all(pools), strict=True)]
+        before = Counter(getattr(self.select_all, "counts", {}))
+        found = [replace(pool, pairs=pairs) for pool, pairs in zip(pools, self.select_all(pools), strict=True)]
+        counts = getattr(self.select_all, "counts", {})
+        if asked := counts.get("rows", 0) - before["rows"]:
+            for name in ("unparsable", "failed"):
+                self._metrics["train"][f"rollout/judge_{name}"].append((counts[name] - before[name]) / asked)
+        return found
 
     def _log_rollouts(self, pools: Sequence[Pool]) -> None:
         super()._log_rollouts(pools)

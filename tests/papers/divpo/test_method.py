@@ -259,7 +259,9 @@ def test_llm_judge_is_not_asked_where_there_is_no_choice_or_no_pair():
 @pytest.mark.parametrize("reply", ["the second", "[[0]]", "[[3]]", "[[-1]]", "[[2.0]]", "[[one]]", ""])
 def test_nonsense_from_the_judge_is_no_pair(reply):
     sampler = FakeSampler([reply, "[[1]]"])
-    assert DivPO(LLMJudge(sampler), 0.0)([make_pool(["a", "b", "c", "d"], [1, 1, 0, 0])]) == [[]]
+    select = DivPO(LLMJudge(sampler), 0.0)
+    assert select([make_pool(["a", "b", "c", "d"], [1, 1, 0, 0])]) == [[]]
+    assert (select.counts["rows"], select.counts["unparsable"]) == (2, 1)
 
 
 def test_judge_question_is_a_chat_message():

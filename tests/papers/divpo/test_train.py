@@ -251,6 +251,7 @@ def test_the_papers_scale_runs_on_small_checkpoints(arm, small_paper, make_run):
     assert config.gradient_checkpointing
     metrics = train(config, make_run(arm=arm, scale="paper"))
     assert metrics["steps"] == 2
+    assert (metrics.get("judge_unparsable", 0) > 0) == (arm == "keywords_divpo_judge")  # a model that says nothing
     run = make_run("eval", arm=arm, scale="paper")
     found = evaluate(config, run)
     rows = files.read_jsonl(run.dir / "predictions.jsonl")
