@@ -6,6 +6,7 @@ It reads `CLS y_i SEP y_j SEP` and never the prompt, as in the authors' code. Ea
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -126,7 +127,7 @@ def labelled_pairs(
     pairs = []
     for texts in groups:
         found: dict[bool, list[Pair]] = {True: [], False: []}
-        for a, b in _pairs_of(texts):
+        for a, b in pairs_of(texts):
             found[meaning(a) == meaning(b)].append((a, b))
         for same, most in ((True, 2), (False, 3)):
             chosen = rng.permutation(len(found[same]))[:most]
@@ -208,18 +209,22 @@ def held_out_scores(
 ) -> dict[str, float]:
     """Agreement with the truth on all pairs of different texts of each group, and the share of groups that the
     transitive closure of its verdicts partitions exactly as the truth does."""
-    pairs = [pair for texts in groups for pair in _pairs_of(texts)]
+    pairs = [pair for texts in groups for pair in pairs_of(texts)]
     labels_P = np.array([meaning(a) == meaning(b) for a, b in pairs])
-    found = semantic_classes(groups, classifier)
+    asked = list(dict.fromkeys(pairs))
+    verdicts = dict(zip(asked, classifier(asked), strict=True))
+    found = semantic_classes(groups, lambda chosen: [verdicts[pair] for pair in chosen])
     exact = [
         _same_partition(classes, [meaning(text) for text in texts])
         for classes, texts in zip(found, groups, strict=True)
     ]
-    return {**agreement(np.array(classifier(pairs)), labels_P), "partition_exact": float(np.mean(exact))}
+    verdicts_P = np.array([verdicts[pair] for pair in pairs])
+    return {**agreement(verdicts_P, labels_P), "partition_exact": float(np.mean(exact))}
 
 
-def _pairs_of(texts: Sequence[str]) -> list[Pair]:
-    return [(a, b) for i, a in enumerate(texts) for b in texts[:i] if a != b]
+def pairs_of(texts: Sequence[str]) -> list[Pair]:
+    """The pairs of different texts, each in the order in which the reward asks for it."""
+    return [(a, b) for a, b in combinations(texts, 2) if a != b]
 
 
 def _same_partition(found: Sequence[Hashable], true: Sequence[Hashable]) -> bool:
