@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from shared.experiments.config import capped
 
 TASKS = ("operators", "ideas", "math", "wildchat")
-DIVERSITIES = ("none", "classes", "true_classes", "ngram", "unlikeliness")
+DIVERSITIES = ("none", "classes", "true_classes", "ngram", "unlikeliness", "unlikeliness_min_max")
 COMBINATIONS = ("product", "sum")
 SHAPES = ("raw", "sigmoid", "min_shift")
 
@@ -29,12 +29,13 @@ class Config:
     n_test: int | None = capped(100, smoke=4)
     test_split: str = "test"
     rare: float = 0.5
-    """ideas: how strongly the base policy's favourites are the bad ideas (0 to 1)."""
+    """ideas: how strongly the base policy's favourites are the bad ideas, from 0 to 1 (the best are the rarest)."""
 
     # ---- reward (Eq. 5) ----
     diversity: str = "classes"
     """none; classes (DARLING: joined by the trained classifier); true_classes (the generated world's own semantics);
-    ngram (distinct 4-grams); unlikeliness (log-probability within the group, from the least to the most likely)."""
+    ngram (distinct 4-grams); unlikeliness (rank of the log-probability within the group, He et al.);
+    unlikeliness_min_max (the log-probability itself, from the least to the most likely, as in the authors' code)."""
     combine: str = "product"
     """product (Eq. 5) or sum (of both, standardised within the group)."""
     shape: str = "raw"
@@ -75,6 +76,8 @@ class Config:
     layers: int = 2
     width: int = 64
     heads: int = 2
+    init_std: float = 0.02
+    """Deviation of the small Llama's first weights; with a width below 100, .02 is too small to learn fast."""
     n_traces: int = capped(24_000, smoke=400)
     sft_steps: int = capped(900, smoke=5)
     sft_batch_size: int = capped(128, smoke=32)

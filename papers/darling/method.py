@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import numpy as np
+from scipy.stats import rankdata
 
 from papers.darling.config import Config
 from shared.rewards.contract import Completions, checked, column
@@ -95,8 +96,12 @@ def z_scores(values_GN: np.ndarray) -> np.ndarray:
 
 
 class UnlikelinessReward:
-    """1 - (l - min) / (max - min) within the group, l the mean log-probability of the rollout's tokens; 1 if all are
-    equal. The authors' code has this in place of He et al.'s rank rule (GRPO-Unlikeliness, arXiv id not found).
+    """How unlikely a rollout is within its group, by the mean log-probability l of its tokens (GRPO-Unlikeliness).
+
+        1 - weight (n - rank) / n       He et al., whom the paper cites: rank 0 is the likeliest of the n rollouts
+        1 - (l - min) / (max - min)     min_max, what the authors' code has instead; 1 if all are equal
+
+    He et al.'s form and their weight, 1/4, are from memory. Equals share the mean of their ranks.
 
     Needs the column `logprobs`, per token, which `shared.training.grpo.GRPOTrainer` adds.
     """
@@ -104,14 +109,18 @@ class UnlikelinessReward:
     __name__ = "unlikeliness"
     needs_logprobs = True
 
-    def __init__(self, group_size: int):
-        self.group_size = group_size
+    def __init__(self, group_size: int, *, min_max: bool = False, weight: float = 0.25):
+        self.group_size, self.min_max, self.weight = group_size, min_max, weight
 
     def __call__(self, prompts: Sequence, completions: Completions, **columns) -> list[float | None]:
         logprobs = column("logprobs", columns, len(completions), self.__name__)
         mean_GN = np.array([np.mean(row) if len(row) else 0.0 for row in logprobs]).reshape(-1, self.group_size)
-        low_G1, high_G1 = mean_GN.min(1, keepdims=True), mean_GN.max(1, keepdims=True)
-        unlikely_GN = 1 - (mean_GN - low_G1) / np.maximum(high_G1 - low_G1, 1e-12)
+        if self.min_max:
+            low_G1, high_G1 = mean_GN.min(1, keepdims=True), mean_GN.max(1, keepdims=True)
+            unlikely_GN = 1 - (mean_GN - low_G1) / np.maximum(high_G1 - low_G1, 1e-12)
+        else:
+            rank_GN = rankdata(-mean_GN, axis=1) - 1
+            unlikely_GN = 1 - self.weight * (self.group_size - rank_GN) / self.group_size
         return checked(unlikely_GN.reshape(-1).tolist(), len(completions), self.__name__)
 
 
@@ -124,5 +133,6 @@ def make_reward(config: Config, quality: Reward, same: Callable | None) -> Diver
         "true_classes": lambda: SemanticDiversityReward(n, same),
         "ngram": lambda: NGramDiversityReward(n, n=4),
         "unlikeliness": lambda: UnlikelinessReward(n),
+        "unlikeliness_min_max": lambda: UnlikelinessReward(n, min_max=True),
     }[config.diversity]()
     return DiversityAwareReward(quality, diversity, group_size=n, combine=config.combine, shape=config.shape)

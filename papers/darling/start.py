@@ -16,6 +16,7 @@ from papers.darling.classifier import (
     held_out_scores,
     labelled_pairs,
     ngram_similarity,
+    pairs_of,
     train_classifier,
 )
 from papers.darling.config import Config
@@ -30,6 +31,7 @@ POLICY = (
     "layers",
     "width",
     "heads",
+    "init_std",
     "n_traces",
     "sft_steps",
     "sft_batch_size",
@@ -98,6 +100,7 @@ def build_policy(directory: Path, *, config: Config, seed: int) -> dict[str, flo
         width=config.width,
         heads=config.heads,
         positions=config.max_prompt_tokens + config.max_new_tokens,
+        init_std=config.init_std,
         seed=seed,
     )
     loss = sft(
@@ -125,6 +128,7 @@ def build_policy(directory: Path, *, config: Config, seed: int) -> dict[str, flo
 
 def build_classifier(directory: Path, *, config: Config, seed: int, policy: str) -> dict[str, float]:
     """A small ModernBERT, trained on pairs of the starting policy's rollouts that the world's semantics label."""
+    from shared.models import encoder_from_scratch
     from shared.training.runs import load_policy
 
     task = make_task(config, seed)
@@ -134,7 +138,16 @@ def build_classifier(directory: Path, *, config: Config, seed: int, policy: str)
     held_out = rollouts(model, tokenizer, held_out_rows, config, seed)
     pairs = labelled_pairs(groups, task.meaning, np.random.default_rng(seed), config.label_noise)
 
-    classifier = encoder(tokenizer, config, seed)
+    classifier = encoder_from_scratch(
+        tokenizer,
+        layers=config.classifier_layers,
+        width=config.classifier_width,
+        heads=max(1, config.classifier_width // 24),
+        positions=config.classifier_max_tokens,
+        outputs=2,
+        init_std=config.classifier_init,
+        seed=seed,
+    )
     options = {"max_tokens": config.classifier_max_tokens}
     untrained = held_out_scores(PairClassifier((classifier, tokenizer), **options), held_out, task.meaning)
     train_classifier(
@@ -163,41 +176,16 @@ def build_classifier(directory: Path, *, config: Config, seed: int, policy: str)
 def ngram_scores(pairs, labels, groups, meaning) -> dict[str, float]:
     """The same scores of a threshold on 4-gram similarity, chosen on the classifier's training pairs."""
     threshold = best_threshold(ngram_similarity(pairs), np.array(labels, dtype=bool))
-    held_out = [(a, b) for texts in groups for i, a in enumerate(texts) for b in texts[:i] if a != b]
+    held_out = [pair for texts in groups for pair in pairs_of(texts)]
     truth_P = np.array([meaning(a) == meaning(b) for a, b in held_out])
     return agreement(ngram_similarity(held_out) > threshold, truth_P)
 
 
-def encoder(tokenizer, config: Config, seed: int):
-    """A small ModernBERT with two outputs that classifies texts by the mean of its states."""
-    import torch
-    from transformers import ModernBertConfig, ModernBertForSequenceClassification
-
-    end = tokenizer.eos_token_id
-    shape = ModernBertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=config.classifier_width,
-        intermediate_size=-(-4 * config.classifier_width // 3),
-        num_hidden_layers=config.classifier_layers,
-        num_attention_heads=max(1, config.classifier_width // 24),
-        initializer_range=config.classifier_init,
-        max_position_embeddings=config.classifier_max_tokens,
-        global_attn_every_n_layers=1,
-        classifier_pooling="mean",
-        num_labels=2,
-        pad_token_id=tokenizer.pad_token_id,
-        **dict.fromkeys(("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"), end),
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return ModernBertForSequenceClassification(shape)
-
-
 def prompts_of(task, groups: int) -> tuple[list[dict], list[dict]]:
     """As many training prompts, over and over where there are too few, and others to test on: a fifth of the world's,
-    a quarter of `groups` at most."""
+    an eighth of `groups` at most."""
     rows = task.rows("train")
-    held_out = min(len(rows) // 5, max(1, groups // 4))
+    held_out = min(len(rows) // 5, max(1, groups // 8))
     return list(islice(cycle(rows[held_out:]), groups)), rows[:held_out]
 
 

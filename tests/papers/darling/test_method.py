@@ -138,11 +138,19 @@ def test_empty_and_equal_completions():
     assert reward(["p"] * 4, ["", "", "", ""]) == pytest.approx([0.1] * 4)  # equal texts are not even asked about
 
 
-def test_unlikeliness():
-    reward = UnlikelinessReward(3)
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, [1 - 2 / 12, 1 - 3 / 12, 1 - 1 / 12, 1 - 2 / 12, 1 - 2 / 12, 1 - 2 / 12]),  # ranks 1, 0, 2; all 1
+        ({"weight": 0}, [1] * 6),
+        ({"min_max": True}, [0.5, 0, 1, 1, 1, 1]),
+    ],
+)
+def test_unlikeliness(options, expected):
+    reward = UnlikelinessReward(3, **options)
     logprobs = [[-1.0, -3.0], [-1.0], [-4.0, -2.0], [-1.0], [-1.0], [-1.0, -1.0]]  # means -2, -1, -3; all -1
     found = reward(["p"] * 3 + ["q"] * 3, list("abcdef"), logprobs=logprobs)
-    assert found == pytest.approx([0.5, 0, 1, 1, 1, 1])
+    assert found == pytest.approx(expected)
     assert DiversityAwareReward(qualities([1] * 6), reward, group_size=3).needs_logprobs
 
 
