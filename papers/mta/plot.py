@@ -36,10 +36,13 @@ def draw(runs: Path, out: Path) -> None:
     if find:
         lines = one_cue_lines(settings(found, find[0]))
         draw_bars(found, paper, find, "error", "error, share of queries", out, "find_block", lines)
-        curves = [arm for arm in find if arm not in INIT_ARMS[1:]]
-        draw_curves(found, paper, curves, "error", out, "find_block_curves")
+        curves: dict[str, list[str]] = {}
+        for arm in find:
+            if arm not in INIT_ARMS[1:]:
+                curves.setdefault(settings(found, arm)["answer"], []).append(arm)
+        draw_curves(found, paper, curves, out, "find_block_curves")
     if len(init := [arm for arm in INIT_ARMS if arm in found]) > 1:
-        draw_curves(found, paper, init, "error", out, "init")
+        draw_curves(found, paper, {"first": init}, out, "init")
     for arm in ("first_mta", "last_mta", "lm_mta"):
         if arm in found:
             draw_kernels(next(iter(found[arm].values())), paper.arms[arm].title, out, f"kernels_{arm}")
@@ -70,12 +73,13 @@ def per_seed(found: Found, arm: str, metric: str) -> list[float]:
 def one_cue_lines(config: dict) -> dict[str, float]:
     """Errors on `first` and `last` that need no two cues at once.
 
-    A model that matches one query letter: p is the chance that another block has it, too, so 1 of
-    1 + Binomial(K - 1, p) blocks is right. A model that repeats the query letter that stands first (or last) in some
-    block: the answer is one of the two letters in 2 of N cases.
+    A model that matches one query letter: p is the chance that another block has it, too, given that it has not both,
+    so 1 of 1 + Binomial(K - 1, p) blocks is right. A model that repeats the query letter that stands first (or last) in
+    some block: the answer is one of the two letters in 2 of N cases.
     """
     k, n = config["n_blocks"], config["block_size"]
-    p = n / 26
+    both = n * (n - 1) / (26 * 25)
+    p = (n / 26 - both) / (1 - both)
     return {"one letter matched": 1 - (1 - (1 - p) ** k) / (k * p), "a letter of the query repeated": 1 - 2 / n}
 
 
@@ -106,13 +110,16 @@ def curve(by_seed: dict[int, Path], metric: str) -> tuple[list[int], list[list[f
     return [row["step"] for row in logs[0]], [[row[metric] for row in log] for log in logs]
 
 
-def draw_curves(found: Found, paper: Paper, arms: Sequence[str], metric: str, out: Path, name: str) -> None:
-    fig, ax = figure(width=6.8, height=3.4)
-    for arm, color in zip(arms, few_colors(arms), strict=True):
-        steps, y_SX = curve(found[arm], metric)
-        lines_with_band(ax, steps, y_SX, paper.arms[arm].title, color=color)
-    ax.set(xlabel="optimizer steps", ylabel=metric, ylim=(0, 1))
-    legend_outside(fig)
+def draw_curves(found: Found, paper: Paper, arms_of: dict[str, list[str]], out: Path, name: str) -> None:
+    """Error on find-block during training, a panel for each kind of answer."""
+    fig, panels = figure(columns=len(arms_of), width=2.0 + 3.4 * len(arms_of), height=3.6)
+    for ax, (answer, arms) in zip(np.atleast_1d(panels), arms_of.items(), strict=True):
+        for arm, color in zip(arms, few_colors(arms), strict=True):
+            steps, y_SX = curve(found[arm], "error")
+            lines_with_band(ax, steps, y_SX, paper.arms[arm].title, color=color)
+        ax.set(title=f"answer: {answer}", xlabel="optimizer steps", ylim=(0, 1))
+        ax.legend(loc="upper right", fontsize=7)
+    np.atleast_1d(panels)[0].set_ylabel("error")
     save(fig, out, name)
 
 

@@ -2,7 +2,7 @@
 
     python -m papers.mta.train --scale tiny --arm first_mta --seed 0
 
-Every arm of a task takes the same number of steps on the same batches. The loop is written out because a streamed
+Every arm of a task sees the same batches in the same order. The loop is written out because a streamed
 corpus has to go on where it was: transformers' Trainer would read everything again up to there.
 """
 
