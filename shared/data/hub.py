@@ -8,9 +8,8 @@ Every row has `item`, an identifier that stays the same from load to load, and `
 Problems that can be checked also have `question` and `answer` (strings); `source`, `category` and the like are kept
 where the dataset has them. `DATASETS` names what there is.
 
-The names of columns and splits were compared with the datasets' cards and with public code that reads them, except
-from memory: the split `wildchat` of noveltybench, `dataset` of alpacaeval, `cluster` of arenahard_v0.1. What is not as
-expected is an error when it is loaded.
+The names of columns and splits were compared with the datasets' cards and with public code that reads them. What is
+not as expected is an error when it is loaded.
 """
 
 from __future__ import annotations
