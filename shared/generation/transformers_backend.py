@@ -24,6 +24,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from shared.experiments.errors import UserError
 from shared.generation import DEFAULT_PARAMS, Completion, Prompt, SamplingParams
 from shared.generation.text import (
     check_prompts,
@@ -196,6 +197,11 @@ class TransformersSampler:
                 "lower the sampler's batch_size or max_batch_tokens"
             ) from error
 
+        if choose.broken:
+            raise UserError(
+                "the model's logits are not numbers (NaN): its training has diverged (lower the learning rate) or its "
+                "checkpoint is damaged"
+            )
         logprobs_BT = choose.logprobs_BT().tolist() if params.logprobs else [None] * len(rows)
         completions = []
         for b, ids in enumerate(output_BT[:, width:].tolist()):
@@ -219,6 +225,7 @@ class _ChooseToken(LogitsProcessor):
         self.params = params
         self.step = 0
         self.logprobs: list[torch.Tensor] = []
+        self.broken = torch.zeros((), dtype=torch.bool, device=device)  # whether a token was chosen among NaNs
         self.warpers = LogitsProcessorList()
         if params.temperature == 0:
             return
@@ -234,7 +241,8 @@ class _ChooseToken(LogitsProcessor):
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         """Raw logits (B, V) to logits (B, V) that are 0 for the chosen token and -inf for the others."""
         if self.params.temperature == 0:
-            token_B1 = scores.argmax(-1, keepdim=True)
+            token_B1 = scores.argmax(-1, keepdim=True)  # of NaN where there is one
+            self.broken |= scores.gather(1, token_B1).isnan().any()
         else:
             token_B1 = self._draw(self.warpers(input_ids, scores))
         if self.params.logprobs:
@@ -246,6 +254,7 @@ class _ChooseToken(LogitsProcessor):
         """One token (B, 1) from softmax(logits)."""
         # Double precision, or rounding would move small probabilities.
         cumulative_BV = logits_BV.softmax(-1).double().cumsum(-1)
+        self.broken |= cumulative_BV[:, -1].isnan().any()
         target_B1 = self.uniform_BT[:, self.step, None] * cumulative_BV[:, -1:]
         # The first token whose cumulative probability exceeds the target: never one of probability 0.
         return torch.searchsorted(cumulative_BV, target_B1, right=True).clamp_(max=logits_BV.shape[1] - 1)

@@ -281,6 +281,16 @@ def test_prompts_the_model_cannot_take(sampler, prompt, message):
     assert isinstance(raised.value, UserError)  # no traceback
 
 
+@pytest.mark.parametrize("params", [SamplingParams(3), SamplingParams(3, temperature=0), SamplingParams(3, top_k=2)])
+def test_a_model_that_has_diverged_is_an_error(build_model, tokenizer, params):
+    """NaN is no distribution: what would be drawn from it is the last token of the vocabulary, again and again."""
+    broken = build_model()
+    with torch.no_grad():
+        broken.lm_head.weight[5] = math.nan
+    with pytest.raises(UserError, match="not numbers"):
+        load_sampler("transformers", broken, tokenizer=tokenizer).sample(["a", "bad cab"], 2, params)
+
+
 def test_no_chat_template(model, tokenizer):
     bare = copy.deepcopy(tokenizer)
     bare.chat_template = None
