@@ -15,12 +15,23 @@ from typing import IO, Any
 
 from shared.experiments.errors import UserError
 
+# What the system says when nothing more can be written, and what to do.
+FULL = {
+    errno.ENOSPC: "disk full",
+    errno.EDQUOT: "disk quota used up",
+    errno.EFBIG: "limit on file sizes (ulimit -f) reached",
+}
+
+
+class DiskFull(UserError):
+    """There is no space for a file."""
+
 
 def write_atomic(path: Path, write: Callable[[IO], object], binary: bool = False) -> None:
     """Calls `write(file)` on a temporary neighbour of `path`, syncs it, and renames it over `path`.
 
     Raises:
-        UserError: the disk is full; `path` is as it was.
+        DiskFull: there is no space; `path` is as it was.
     """
     path = Path(path)
     with disk_full_explained(path):
@@ -41,15 +52,30 @@ def write_atomic(path: Path, write: Callable[[IO], object], binary: bool = False
 
 @contextlib.contextmanager
 def disk_full_explained(path: Path) -> Iterator[None]:
-    """Turns the system's `no space left` into a sentence that says what to do."""
+    """Turns the many ways in which libraries say `no space left` into a sentence that says what to do.
+
+    Raises:
+        DiskFull: whatever was raised, if it comes from a full disk.
+    """
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(
-                f"disk full while writing {path}: free some space and run the same command again"
-            ) from error
-        raise
+    except Exception as error:
+        if isinstance(error, UserError) or not (reason := _disk_full(error)):
+            raise
+        raise DiskFull(f"{reason} while writing {path}: free some space and run the same command again") from error
+
+
+def _disk_full(error: BaseException | None) -> str:
+    """What of FULL is behind `error`; "" if nothing is."""
+    while error is not None:
+        for number, reason in FULL.items():
+            # safetensors gives the number as text only
+            if (isinstance(error, OSError) and error.errno == number) or f"(os error {number})" in str(error):
+                return reason
+        if "basic_ios::clear: iostream error" in str(error):  # all that torch.save to a path has to say
+            return FULL[errno.ENOSPC]
+        error = error.__cause__ or error.__context__
+    return ""
 
 
 def _sync_directory(path: Path) -> None:
@@ -110,7 +136,7 @@ def write_jsonl(path: Path, rows: Iterable[dict]) -> None:
 def read_json(path: Path) -> Any:
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # not JSON, or not even text
         raise UserError(f"{path}: not valid JSON ({error}); delete it and run again") from error
 
 

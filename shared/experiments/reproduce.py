@@ -9,7 +9,6 @@ import os
 import shlex
 import sys
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -55,9 +54,10 @@ def main(argv: Sequence[str] | None = None, root: Path = ROOT) -> int:
         if args.list:
             show_list(root, console)
             return 0
-        if args.smoke:
-            return smoke(args, root, console)
-        return reproduce(read_request(args, root), console)
+        with files.disk_full_explained(root / "runs"):
+            if args.smoke:
+                return smoke(args, root, console)
+            return reproduce(read_request(args, root), console)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
@@ -148,7 +148,7 @@ def read_request(args: argparse.Namespace, root: Path) -> Request:
         raise unknown("scale", args.scale, paper.scales())
     if args.launch not in LAUNCHERS:
         raise unknown("launcher", args.launch, LAUNCHERS)
-    arms = paper.select_arms(args.scale, _split(args.arms))
+    arms = paper.select_arms(args.scale, _arms(args.arms))
     published = paper.seeds["tiny" if args.scale == "smoke" else args.scale]
     seeds = _seeds(args.seeds) if args.seeds else published[:1] if args.scale == "smoke" else published
     entries = _entries(args.set or "")
@@ -159,7 +159,7 @@ def read_request(args: argparse.Namespace, root: Path) -> Request:
         arms=arms,
         seeds=list(seeds),
         jobs=_positive(args.jobs),
-        force=args.force not in (None, "", "0"),
+        force=_flag("FORCE", args.force),
         launch=args.launch,
         overrides=[entry for entry in entries if not entry.startswith("run.")],
         resources=load_resources(paper, args.scale, run_overrides),
@@ -167,15 +167,29 @@ def read_request(args: argparse.Namespace, root: Path) -> Request:
     )
 
 
-def _split(text: str | None) -> list[str]:
-    return [part.strip() for part in (text or "").split(",") if part.strip()]
+def _split(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _arms(text: str | None) -> list[str]:
+    patterns = _split(text or "")
+    if text and not patterns:
+        raise UserError(f"ARMS={text}: give names or shell patterns, separated by commas; for all arms leave it out")
+    return patterns
 
 
 def _seeds(text: str) -> list[int]:
     parts = _split(text)
-    if not parts or not all(part.isdecimal() and int(part) < 2**32 for part in parts) or len(set(parts)) != len(parts):
+    seeds = [int(part) for part in parts if part.isdecimal() and int(part) < 2**32]
+    if not seeds or len(set(seeds)) != len(parts):
         raise UserError(f"SEEDS={text}: give different whole numbers from 0 on, separated by commas: SEEDS=0,1,2")
-    return [int(part) for part in parts]
+    return seeds
+
+
+def _flag(name: str, text: str | None) -> bool:
+    if text not in (None, "0", "1"):
+        raise UserError(f"{name}={text}: 1, or leave it out")
+    return text == "1"
 
 
 def _entries(text: str) -> list[str]:
@@ -346,8 +360,10 @@ def _status(paper: Paper, scale: str) -> str:
         return "no config"
     if not path.is_file():
         return "-"
-    counts = Counter(claim["verdict"] for claim in files.read_json(path)["claims"])
-    return ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
+    from shared.experiments.report import tally
+    from shared.experiments.results import read_results
+
+    return ", ".join(f"{count} {verdict}" for verdict, count in tally(read_results(path)))
 
 
 def smoke(args: argparse.Namespace, root: Path, console: Console) -> int:

@@ -17,7 +17,6 @@ import argparse
 import contextlib
 import ctypes
 import dataclasses
-import errno
 import json
 import math
 import numbers
@@ -39,6 +38,7 @@ from shared.experiments.keys import stage_key
 from shared.experiments.paper import SCALES, Paper, load_paper
 
 EXIT_USER_ERROR = 2
+EXIT_DISK_FULL = 74  # says it where the message cannot be written: the stage's output is on the full disk too
 
 # Saving a stage's state takes at most a twentieth of its time.
 SAVE_SHARE = 20
@@ -141,13 +141,14 @@ class Run:
 
     def spent(self) -> dict[str, float]:
         """Wall and CPU seconds of this stage over all its resumes (without what a kill made vain), and its peak of
-        resident memory in MiB; of this process and its finished children."""
+        resident memory in MiB; of this process and its finished children (memory: of the largest)."""
         mine, children = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
         cpu = mine.ru_utime + mine.ru_stime + children.ru_utime + children.ru_stime
+        peak_kb = max(mine.ru_maxrss, children.ru_maxrss)
         return {
             "seconds": round(self._earlier["seconds"] + time.monotonic() - self._started, 2),
             "cpu_seconds": round(self._earlier["cpu_seconds"] + cpu, 2),
-            "peak_memory_mb": round(max(self._earlier["peak_memory_mb"], mine.ru_maxrss / 1024), 1),
+            "peak_memory_mb": round(max(self._earlier["peak_memory_mb"], peak_kb / 1024), 1),
         }
 
     @property
@@ -204,8 +205,14 @@ def stage_main(stage: str, config_class: type, work: Callable[[Any, Run], dict],
     try:
         _stage_main(stage, config_class, work, argv)
     except UserError as error:
+        raise _exit(error) from error
+
+
+def _exit(error: UserError) -> SystemExit:
+    """Says what is wrong, and returns what to raise."""
+    with contextlib.suppress(OSError):
         print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(EXIT_USER_ERROR) from error
+    return SystemExit(EXIT_DISK_FULL if isinstance(error, files.DiskFull) else EXIT_USER_ERROR)
 
 
 def _stage_main(stage: str, config_class: type, work: Callable[[Any, Run], dict], argv: list[str] | None) -> None:
@@ -218,13 +225,12 @@ def _stage_main(stage: str, config_class: type, work: Callable[[Any, Run], dict]
     directory = Path(args.out or paper.runs(args.scale) / args.arm / str(args.seed)).resolve()
     key = _stage_key_here(paper, stage, config, args.arm, args.seed, directory)
     run = Run(directory, paper.name, args.scale, args.arm, args.seed, stage, key)
-    with files.lock(directory) if run.is_main_process else contextlib.nullcontext():
+    with _explained_failures(directory), files.lock(directory) if run.is_main_process else contextlib.nullcontext():
         run.begin()
         _seed(args.seed)
-        with _explained_failures(directory):
-            if run.is_main_process:
-                _write_config(directory, config)
-            run.finish(work(config, run), config)
+        if run.is_main_process:
+            _write_config(directory, config)
+        run.finish(work(config, run), config)
 
 
 def plot_main(draw: Callable[[Path, Path], None], argv: list[str] | None = None) -> None:
@@ -234,11 +240,11 @@ def plot_main(draw: Callable[[Path, Path], None], argv: list[str] | None = None)
     parser.add_argument("--out", type=Path, required=True, help="where the figures go")
     args = parser.parse_args(argv)
     try:
-        args.out.mkdir(parents=True, exist_ok=True)
-        draw(args.runs, args.out)
+        with files.disk_full_explained(args.out):
+            args.out.mkdir(parents=True, exist_ok=True)
+            draw(args.runs, args.out)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(EXIT_USER_ERROR) from error
+        raise _exit(error) from error
 
 
 def finished_runs(runs: Path) -> dict[str, dict[int, Path]]:
@@ -349,7 +355,8 @@ def _explained_failures(directory: Path) -> Iterator[None]:
 
     smaller = "lower the batch size (SET='batch_size=...' if the config calls it that)"
     try:
-        yield
+        with files.disk_full_explained(directory):
+            yield
     except torch.cuda.OutOfMemoryError as error:
         raise UserError(f"out of GPU memory: {smaller}\n{error}") from error
     except MemoryError as error:
@@ -359,8 +366,6 @@ def _explained_failures(directory: Path) -> Iterator[None]:
             raise UserError(f"out of memory: {smaller} or JOBS\n{error}") from error
         raise
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(f"disk full while writing under {directory}: free some space and run again") from error
         if "huggingface.co" in str(error) or isinstance(error, ConnectionError):
             raise UserError(
                 f"a model or dataset cannot be fetched: {error}\nWhere there is a network: `hf download NAME "

@@ -15,7 +15,7 @@ from pathlib import Path
 from shared.experiments import files
 from shared.experiments.errors import UserError
 from shared.experiments.progress import Display
-from shared.experiments.run import die_with_parent
+from shared.experiments.run import EXIT_DISK_FULL, die_with_parent
 from shared.experiments.warm import Fork, WarmProcess
 
 POLL_SECONDS = 0.1
@@ -186,6 +186,8 @@ def failure(stage: Stage, status: int) -> str:
         name = signal.Signals(-status).name
         hint = ": out of memory? A lower JOBS or batch size helps" if -status == signal.SIGKILL else ""
         return f"{stage.name} was killed by {name}{hint}"
+    if status == EXIT_DISK_FULL:
+        return f"{stage.name}: disk full: free some space and run the same command again"
     if status:
         return f"{stage.name} ended with status {status}"
     if not stage.writes_record:

@@ -31,6 +31,49 @@ def test_a_full_disk_during_the_write_is_noticed_too(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+NO_SPACE = """
+import resource, sys
+from pathlib import Path
+import torch
+from safetensors.torch import save_file
+from shared.experiments import files
+
+path, values = Path("x"), torch.zeros(1000)
+ways = {
+    "text": lambda: files.write_text(path, "x" * 2000),
+    "state": lambda: files.write_atomic(path, lambda file: torch.save({"a": values, "b": 1}, file), binary=True),
+    "torch": lambda: torch.save(values, path),
+    "safetensors": lambda: save_file({"a": values}, path),
+}
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+for name, way in ways.items():
+    try:
+        with files.disk_full_explained(Path("there")):
+            way()
+    except files.DiskFull as error:
+        print(name, error)
+"""
+
+
+def test_whichever_way_a_library_reports_that_there_is_no_space(tmp_path):
+    run = subprocess.run([sys.executable, "-c", NO_SPACE], cwd=tmp_path, capture_output=True, text=True)
+    assert not run.stderr
+    advice = "free some space and run the same command again"
+    reached = "limit on file sizes (ulimit -f) reached while writing"
+    assert run.stdout.splitlines() == [
+        f"text {reached} x: {advice}",
+        f"state {reached} x: {advice}",
+        f"torch disk full while writing there: {advice}",  # it does not tell more
+        f"safetensors {reached} there: {advice}",
+    ]
+
+
+def test_an_error_of_another_kind_is_left_alone():
+    with pytest.raises(PermissionError) as caught, files.disk_full_explained("x"):
+        raise PermissionError(errno.EACCES, "no")
+    assert caught.value.__cause__ is None
+
+
 def test_a_failing_writer_leaves_the_old_file(tmp_path):
     path = tmp_path / "rows.jsonl"
     files.write_jsonl(path, [{"a": 1}])
@@ -54,8 +97,9 @@ def test_a_last_line_cut_short_is_left_out_and_any_other_reported(tmp_path):
         files.read_jsonl(path)
 
 
-def test_a_broken_json_file_is_named(tmp_path):
-    (tmp_path / "x.json").write_text("{")
+@pytest.mark.parametrize("content", [b"{", b"\xff\xfe{}"])
+def test_a_broken_json_file_is_named(tmp_path, content):
+    (tmp_path / "x.json").write_bytes(content)
     with pytest.raises(UserError, match=r"x\.json: not valid JSON.*delete it and run again"):
         files.read_json(tmp_path / "x.json")
 

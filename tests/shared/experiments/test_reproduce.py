@@ -12,6 +12,7 @@ import pytest
 
 from shared.experiments import files
 from shared.experiments.reproduce import main
+from shared.experiments.run import EXIT_DISK_FULL
 
 
 @pytest.fixture(scope="module")
@@ -156,6 +157,34 @@ def test_a_killed_training_goes_on_and_ends_with_the_same_numbers(repo, finished
     assert (directory / "predictions.jsonl").read_text() == (whole / "predictions.jsonl").read_text()
 
 
+# `python -c LIMITED ...` is `python ...` where no file can grow beyond 1000 bytes.
+LIMITED = """
+import os, resource, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+"""
+
+
+def test_without_space_a_run_says_so_and_later_goes_on(repo, finished):
+    status, output = repo.call("-c", LIMITED, "scripts/reproduce.py", PAPER="toy", SEEDS="0", ARMS="fast")
+    assert status == 1
+    assert "train: disk full" in output
+    assert "limit on file sizes (ulimit -f) reached while writing" in output
+    assert "Traceback" not in output
+    assert not list(repo.run_dir("fast").glob("*.json"))
+    status, output = repo.reproduce(PAPER="toy", SEEDS="0", ARMS="fast")
+    assert status == 0, output
+    ours, whole = (files.read_json(r.run_dir("fast") / "eval.json") for r in (repo, finished[0]))
+    assert ours["metrics"] == whole["metrics"]
+
+
+def test_a_stage_that_cannot_even_say_so_tells_by_its_status(repo):
+    command = [sys.executable, "-c", LIMITED, "-m", "papers.toy.train", "--arm", "fast"]
+    with open("/dev/full", "wb") as full:
+        run = subprocess.run(command, cwd=repo.root, env=repo.environment(), stdout=full, stderr=full)
+    assert run.returncode == EXIT_DISK_FULL
+
+
 def test_ctrl_c_stops_everything_and_meanwhile_the_run_is_locked(repo):
     process = repo.start("scripts/reproduce.py", PAPER="toy", SEEDS="0", SET="pause=1000", JOBS="2")
     locks = [repo.run_dir(arm) / ".lock" for arm in ("fast", "slow")]
@@ -239,7 +268,11 @@ def here(repo, monkeypatch):
         (["--paper", "toy", "--seeds", "0,x"], "SEEDS=0,x: give different whole numbers"),
         (["--paper", "toy", "--seeds", "-1"], "SEEDS=-1: give different whole numbers"),
         (["--paper", "toy", "--seeds", "1,1"], "SEEDS=1,1: give different whole numbers"),
+        (["--paper", "toy", "--seeds", "0,00"], "SEEDS=0,00: give different whole numbers"),
+        (["--paper", "toy", "--seeds", ","], "SEEDS=,: give different whole numbers"),
         (["--paper", "toy", "--seeds", "4294967296"], "give different whole numbers"),
+        (["--paper", "toy", "--arms", ","], "ARMS=,: give names or shell patterns"),
+        (["--paper", "toy", "--force", "no"], "FORCE=no: 1, or leave it out"),
         (["--paper", "toy", "--jobs", "0"], "JOBS=0: give a whole number from 1 on"),
         (["--paper", "toy", "--jobs", "two"], "JOBS=two: give a whole number from 1 on"),
         (

@@ -76,7 +76,7 @@ def test_time_spent_adds_up_over_resumes(run, tmp_path):
 
 
 def test_saving_is_due_by_the_clock_and_less_often_when_slow(run, monkeypatch):
-    now = run._saved
+    run._saved = now = 1000.0  # whole numbers: (t + 20) - t can be less than 20
     monkeypatch.setattr("shared.experiments.run.time.monotonic", lambda: now)
     assert not run.due(every=20)
     now += 20
@@ -142,7 +142,7 @@ def test_the_record_says_what_was_done(run, tmp_path):
 @pytest.mark.parametrize(
     ("failure", "message"),
     [
-        (OSError(errno.ENOSPC, "No space left"), "disk full while writing under .*: free some space"),
+        (OSError(errno.ENOSPC, "No space left"), "disk full while writing .*: free some space"),
         (MemoryError(), "out of memory: lower the batch size"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "out of memory: lower the batch size"),
         (torch.cuda.OutOfMemoryError("2 GiB"), "out of GPU memory: lower the batch size"),
