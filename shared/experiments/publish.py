@@ -7,15 +7,13 @@ code and configs that are committed now, without overrides.
 from __future__ import annotations
 
 import subprocess
-from collections import Counter
 from pathlib import Path
 
 from shared.experiments import files
-from shared.experiments.claims import VERDICTS
 from shared.experiments.errors import UserError, unknown
 from shared.experiments.keys import code_files, imports
 from shared.experiments.paper import PAPERS, Paper, load_paper, paper_names
-from shared.experiments.report import write_report
+from shared.experiments.report import tally, write_report
 from shared.experiments.reproduce import Request, plan, plot_job
 from shared.experiments.resources import load_resources
 from shared.experiments.results import read_results, write_results
@@ -168,8 +166,7 @@ def _status(paper: Paper, scale: str) -> str:
     path = published_dir(paper, scale) / "results.json"
     if not path.is_file():
         return "–"
-    counts = Counter(claim["verdict"] for claim in read_results(path)["claims"])
-    return ", ".join(f"{counts[verdict]} {verdict}" for verdict in VERDICTS if counts[verdict])
+    return ", ".join(f"{count} {verdict}" for verdict, count in tally(read_results(path)))
 
 
 def _shared_modules(directory: Path) -> set[tuple[str, str]]:

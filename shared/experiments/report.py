@@ -182,7 +182,8 @@ def _peaks(runs: Iterable[dict], name: str) -> list[float]:
 def _facts(results: dict) -> list[tuple[str, str]]:
     info = results["info"]
     runs = [run for arm in results["arms"].values() for run in arm["runs"].values()]
-    facts = [("seeds", ", ".join(map(str, results["seeds"])))]
+    facts = [("command", info["command"])] if info.get("command") else []
+    facts.append(("seeds", ", ".join(map(str, results["seeds"]))))
     if info.get("wall_seconds") is not None:
         reused = info.get("stages_reused")
         note = f" ({reused} of {info['stages']} stages had been done before)" if reused else ""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 from shared.experiments import files
@@ -14,7 +14,7 @@ from shared.experiments.results import read_results
 JUDGED_SCALES = tuple(scale for scale in SCALES if scale != "smoke")
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Entry:
     """The newest results of a paper at a scale."""
 
@@ -43,7 +43,7 @@ def published_dir(paper: Paper, scale: str) -> Path:
 
 
 def write_site(papers: Iterable[Paper], directory: Path) -> Path:
-    """Writes `directory`/index.html and its pages from the committed results and, where newer, those in runs/."""
+    """Writes `directory`/index.html and its pages, for each paper and scale from its `newest` results."""
     rows = []
     for paper in papers:
         entries = {scale: entry for scale in JUDGED_SCALES if (entry := newest(paper, scale))}
@@ -57,12 +57,26 @@ def write_site(papers: Iterable[Paper], directory: Path) -> Path:
 
 
 def newest(paper: Paper, scale: str) -> Entry | None:
-    """The local results if they are as new as the committed ones, else those."""
+    """The local results if they are as new as the committed ones and not of less, else those."""
     page = f"{paper.name}-{scale}.html"
     runs, committed = paper.runs(scale), published_dir(paper, scale)
-    found = []
+    local = reference = None
     if (runs / "results.json").is_file():
-        found.append(Entry(read_results(runs / "results.json"), runs / "figures", runs, "this machine", page))
+        local = Entry(read_results(runs / "results.json"), runs / "figures", runs, "this machine", page)
     if (committed / "results.json").is_file():
-        found.append(Entry(read_results(committed / "results.json"), committed, None, "reference", page))
-    return max(found, key=lambda entry: entry.results["finished"], default=None)
+        reference = Entry(read_results(committed / "results.json"), committed, None, "reference", page)
+    if not local or not reference:
+        return local or reference
+    if local.results["finished"] < reference.results["finished"]:
+        return reference
+    if _is_partial(local.results, reference.results):
+        report = (runs / "report.html").relative_to(paper.root)
+        note = f"reference; the last run here was partial or with overrides and has its own report, {report}"
+        return dataclasses.replace(reference, origin=note)
+    return local
+
+
+def _is_partial(local: dict, reference: dict) -> bool:
+    """Whether a run was for fewer arms or seeds than the reference, or with another config, or in part failed."""
+    fewer = any(not set(reference[what]) <= set(local[what]) for what in ("arms", "seeds"))
+    return fewer or bool(local["missing"]) or " SET=" in local["info"]["command"]

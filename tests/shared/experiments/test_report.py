@@ -248,3 +248,28 @@ def test_the_newer_of_local_and_committed_results_counts(small_paper, small_runs
     (directory / "results.json").write_text(json.dumps(results | {"finished": f"{committed}-01-01T00:00:00Z"}))
     assert newest(small_paper, "tiny").origin == origin
     assert newest(small_paper, "gpu") is None
+
+
+def test_a_partial_or_changed_local_run_does_not_hide_the_reference(small_paper, small_runs, results):
+    def origin_after(**changes):
+        (small_runs / "results.json").write_text(json.dumps(results | {"finished": "2030", **changes}))
+        return newest(small_paper, "tiny").origin
+
+    directory = small_paper.directory / "results" / "tiny"
+    directory.mkdir(parents=True)
+    (directory / "results.json").write_text(json.dumps(results))
+    assert origin_after() == "this machine"
+    assert origin_after(seeds=[0, 1, 2, 3]) == "this machine"
+    note = (
+        "reference; the last run here was partial or with overrides and has its own report, runs/small/tiny/report.html"
+    )
+    assert origin_after(seeds=[0]) == note
+    assert origin_after(arms={"ours": results["arms"]["ours"]}) == note
+    assert origin_after(missing=[{"arm": "ours", "seed": 0, "reason": "killed"}]) == note
+    assert origin_after(info=results["info"] | {"command": "make reproduce PAPER=small SET='lr=1'"}) == note
+
+
+def test_every_paper_of_the_index_shows_its_figures(small_paper, report, tmp_path):
+    index = write_site([small_paper, small_paper], tmp_path / "report")
+    sections = index.read_text().split("<section")[1:]
+    assert [section.count('<img src="data:image/png;base64,') for section in sections] == [1, 1]
