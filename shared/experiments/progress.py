@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -117,7 +118,8 @@ class Display:
 
     def _table(self, watched: Sequence[Job]) -> Table:
         table = Table.grid(padding=(0, 2))
-        for job in watched:
+        shown = sorted(watched, key=lambda job: job.state == "queued")[: max(1, self.console.height - 2)]
+        for job in shown:  # as many as fit above the summary
             row = self._last(job)
             bar = ProgressBar(total=max(row["total"], 1), completed=row["step"], width=24) if row else ""
             table.add_row(job.label, bar, *self._cells(job))
@@ -141,10 +143,10 @@ class Display:
         return row if row and job.stage and row["stage"] == job.stage.name else None
 
     def _summary(self) -> str:
-        counts = {state: sum(job.state == state for job in self.jobs) for state in ("done", "failed")}
-        failed = f", {counts['failed']} failed" if counts["failed"] else ""
+        counts = Counter(job.state for job in self.jobs)
+        others = "".join(f", {counts[state]} {state}" for state in ("failed", "running", "queued") if counts[state])
         elapsed = duration(time.monotonic() - self.started)
-        return f"{self.title}: {counts['done']} of {len(self.jobs)} runs done{failed}, {elapsed} so far"
+        return f"{self.title}: {counts['done']} of {len(self.jobs)} runs done{others}, {elapsed} so far"
 
     def _line(self, text: str, style: str | None = None) -> None:
         self.console.print(escape(text), style=style, highlight=False, soft_wrap=True)

@@ -90,7 +90,7 @@ def test_plain_lines_come_at_starts_and_ends_and_every_half_minute(jobs, tmp_pat
         display.tick()
         lines = text.getvalue().splitlines()[1:]
         assert lines[0].startswith("fast seed 0  train  20/100  loss 0.25, stage_number 3")
-        assert lines[1] == "toy, tiny: 0 of 2 runs done, 30 s so far"
+        assert lines[1] == "toy, tiny: 0 of 2 runs done, 1 running, 30 s so far"
         display.tick()
         assert len(text.getvalue().splitlines()) == 3
         now[0] += 40
@@ -112,6 +112,21 @@ def test_a_terminal_gets_a_live_table(jobs, tmp_path, monkeypatch):
         assert "started" not in shown  # the table says it
         for part in ("fast seed 0", "20/100", "loss 0.25", "slow seed 1", "queued", "0 of 2 runs done"):
             assert part in shown
+
+
+def test_a_long_queue_hides_neither_what_runs_nor_the_summary(jobs, tmp_path, monkeypatch):
+    text, now = io.StringIO(), [1000.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    console = Console(file=text, width=120, height=10, force_terminal=True, _environ={"TERM": "xterm"})
+    queued = [Job("slow", seed, tmp_path / "slow", jobs[1].stages, state="queued") for seed in range(50)]
+    with Display("toy, tiny", [*queued, jobs[0]], console) as display:
+        display.stage_started(jobs[0])
+        now[0] += 1
+        display.tick()
+        shown = text.getvalue()
+    assert "fast seed 0" in shown
+    assert "0 of 51 runs done, 1 running, 50 queued, 1 s so far" in shown
+    assert shown.count("slow seed") == 7
 
 
 def test_a_log_without_totals_or_with_rubbish_does_no_harm(tmp_path):
