@@ -16,6 +16,9 @@ LAUNCH ?=
 SET ?=
 export PAPER SCALE ARMS SEEDS JOBS FORCE LAUNCH SET
 
+# The code of this directory, even where .venv was made in another (a copy of the repository, a git worktree).
+export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
+
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-vllm-cpu setup-gpu test lint list reproduce smoke report publish bench clean
 
@@ -44,7 +47,7 @@ REQUIREMENTS := requirements/torch.txt requirements/base.txt requirements/dev.tx
 $(STAMP): $(REQUIREMENTS) pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "Python 3.11 or later is needed ($$($(PYTHON) --version) found): make PYTHON=python3.12 ..." >&2; exit 1; }
-	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@$(PIP) --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)  # pip, not python: it comes last
 	@echo "setting up $(VENV) (about two minutes, once)"
 	@$(PIP) install -q -r requirements/torch.txt $(TORCH_PIP_ARGS)
 	@$(PIP) install -q -r requirements/torch.txt -r requirements/base.txt -r requirements/dev.txt
