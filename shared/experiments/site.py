@@ -23,6 +23,7 @@ class Entry:
     runs_dir: Path | None  # where the logs are, if these are local results
     origin: str
     page: str  # the file name of its report
+    note: str = ""
 
     @property
     def verdicts(self) -> dict[str, str]:
@@ -71,8 +72,8 @@ def newest(paper: Paper, scale: str) -> Entry | None:
         return reference
     if _is_partial(local.results, reference.results):
         report = (runs / "report.html").relative_to(paper.root)
-        note = f"reference; the last run here was partial or with overrides and has its own report, {report}"
-        return dataclasses.replace(reference, origin=note)
+        note = f"The last run here was partial or with overrides, and has a report of its own: {report}"
+        return dataclasses.replace(reference, note=note)
     return local
 
 

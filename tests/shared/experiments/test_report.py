@@ -251,22 +251,22 @@ def test_the_newer_of_local_and_committed_results_counts(small_paper, small_runs
 
 
 def test_a_partial_or_changed_local_run_does_not_hide_the_reference(small_paper, small_runs, results):
-    def origin_after(**changes):
+    def shown_after(**changes):
         (small_runs / "results.json").write_text(json.dumps(results | {"finished": "2030", **changes}))
-        return newest(small_paper, "tiny").origin
+        entry = newest(small_paper, "tiny")
+        return entry.origin, entry.note
 
     directory = small_paper.directory / "results" / "tiny"
     directory.mkdir(parents=True)
     (directory / "results.json").write_text(json.dumps(results))
-    assert origin_after() == "this machine"
-    assert origin_after(seeds=[0, 1, 2, 3]) == "this machine"
-    note = (
-        "reference; the last run here was partial or with overrides and has its own report, runs/small/tiny/report.html"
-    )
-    assert origin_after(seeds=[0]) == note
-    assert origin_after(arms={"ours": results["arms"]["ours"]}) == note
-    assert origin_after(missing=[{"arm": "ours", "seed": 0, "reason": "killed"}]) == note
-    assert origin_after(info=results["info"] | {"command": "make reproduce PAPER=small SET='lr=1'"}) == note
+    assert shown_after() == ("this machine", "")
+    assert shown_after(seeds=[0, 1, 2, 3]) == ("this machine", "")
+    note = "The last run here was partial or with overrides, and has a report of its own: runs/small/tiny/report.html"
+    assert shown_after(seeds=[0]) == ("reference", note)
+    assert shown_after(arms={"ours": results["arms"]["ours"]}) == ("reference", note)
+    assert shown_after(missing=[{"arm": "ours", "seed": 0, "reason": "killed"}]) == ("reference", note)
+    assert shown_after(info=results["info"] | {"command": "make reproduce SET='lr=1'"}) == ("reference", note)
+    assert note in Page(write_site([small_paper], small_runs / "report").read_text()).text
 
 
 def test_every_paper_of_the_index_shows_its_figures(small_paper, report, tmp_path):
