@@ -26,6 +26,7 @@ from shared.experiments.scheduler import DONE, Interrupted, Job, Stage, run_jobs
 from shared.experiments.warm import heavy_modules
 
 LAUNCHERS = ("local", "slurm")
+GPU_SCALES = ("gpu", "paper")
 VARIABLES = ("PAPER", "SCALE", "ARMS", "SEEDS", "JOBS", "FORCE", "LAUNCH", "SET")
 
 
@@ -79,6 +80,8 @@ def reproduce(request: Request, console: Console) -> int:
         forget(jobs)
         (runs / "figures" / "plot.json").unlink(missing_ok=True)
     found_done = sum(stage.done() for job in jobs for stage in job.stages)
+    if request.scale in GPU_SCALES and request.launch == "local" and not visible_gpus():
+        console.print(f"no NVIDIA GPU here: scale {request.scale} goes on, but is not made for a CPU", style="yellow")
     launch(request, jobs, console)
     done = [job for job in jobs if job.state == DONE]
     failed = {f"{job.arm}/{job.seed}": job.error for job in jobs if job.state != DONE}

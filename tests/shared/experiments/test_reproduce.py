@@ -10,7 +10,7 @@ import time
 import psutil
 import pytest
 
-from shared.experiments import files
+from shared.experiments import files, reproduce
 from shared.experiments.reproduce import main
 from shared.experiments.run import EXIT_DISK_FULL
 
@@ -155,6 +155,15 @@ def test_a_killed_training_goes_on_and_ends_with_the_same_numbers(repo, finished
     losses = [[(row["step"], row.get("loss")) for row in files.read_jsonl(d / "log.jsonl")] for d in (directory, whole)]
     assert losses[0] == losses[1]
     assert (directory / "predictions.jsonl").read_text() == (whole / "predictions.jsonl").read_text()
+
+
+@pytest.mark.parametrize(("scale", "warned"), [("gpu", True), ("tiny", False)])
+def test_a_scale_for_gpus_without_one_is_remarked(here, repo, monkeypatch, capsys, scale, warned):
+    shutil.copy(repo.toy / "configs" / "tiny.yaml", repo.toy / "configs" / "gpu.yaml")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(reproduce, "launch", lambda request, jobs, console: None)
+    assert here("--paper", "toy", "--scale", scale) == 1  # nothing was done
+    assert (f"no NVIDIA GPU here: scale {scale} goes on" in capsys.readouterr().out) == warned
 
 
 # `python -c LIMITED ...` is `python ...` where no file can grow beyond 1000 bytes.
