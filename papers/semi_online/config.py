@@ -128,6 +128,12 @@ class Config:
     test_samples: int = 4
     eval_temperature: float = 0.6
     eval_top_p: float = 0.9
+    judge_model: str | None = None
+    """Chat on the hub: a language model that also judges each test prompt's first response against the starting
+    policy's."""
+    judge_backend: str = "openai"
+    """openai (a server at judge_url), vllm or transformers."""
+    judge_url: str | None = None
     all_tasks: bool = True
     """Test both tasks, also the one that the arm was not trained on."""
 
@@ -147,6 +153,10 @@ class Config:
             raise ValueError(f"method {self.method} trains on one kind of prompts at a time, not on both")
         if self.method == "group_dpo" and "chat" in self.phases:
             raise ValueError("method group_dpo needs rewards of 0 and 1: phase math")
+        if self.judge_model and self.world != "hub":
+            raise ValueError(
+                "judge_model: the responses of the generated world are no sentences; its hidden reader judges"
+            )
         for name in ("math", "chat", "both"):
             if getattr(self, name).n_train is None and (name, self.world) != ("math", "hub"):
                 raise ValueError(f"{name}.n_train: give the number of prompts")

@@ -7,6 +7,7 @@ Scores per test item (predictions.jsonl) and means (eval.json); means over an it
     reward, reward_last         chat: the reward model's score
     win_rate, win_rate_last     chat: wins against the starting policy's responses to the same prompts, by the gold
                                 score in the generated world, by the reward model on the hub
+    judge_win_rate, _last       chat on the hub with a judge_model: its verdict on the first responses
     gold, gold_last             chat, generated world: the hidden reader's score
     length, length_last         tokens (of chat: chat_length, chat_length_last)
 An arm that trained on several kinds of prompts, and the other task of an arm that trained on one, have `_last` only.
@@ -17,6 +18,8 @@ Numbers of the whole run (eval.json):
                                 their ratio
     policy_entropy, policy_entropy_ratio
                                 of the last checkpoint's own samples on held-out prompts; against the starting policy's
+    judge_unparsable, judge_truncated, judge_failed
+                                questions, of judge_rows, to which the judge gave no verdict, and why
     generator_calls, sampled_tokens, generated_tokens_per_second
                                 of training (DPO)
 log.jsonl gets a row for each checkpoint: policy_step, dev_accuracy, dev_reward, dev_gold, dev_length.
@@ -26,6 +29,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -33,6 +37,9 @@ from papers.semi_online.config import Config
 from papers.semi_online.train import snapshot
 from papers.semi_online.worlds import Rewards, gold_scores, starting_points, task_rows
 from shared.experiments import Run, UserError, files, stage_main
+
+if TYPE_CHECKING:
+    from shared.rewards.judge import Judge
 
 DEV_SEED, TEST_SEED, ENTROPY_SEED = 1, 2, 3
 FIRST_STEPS = 5
@@ -45,6 +52,7 @@ def evaluate(config: Config, run: Run) -> dict[str, float]:
     asker = Asker(config, Rewards(config, reward_model))
     tasks = ["math", "chat"] if config.all_tasks else config.trained_tasks
     metrics = training_log(run)
+    judge = load_judge(config) if config.judge_model and "chat" in tasks else None
 
     checkpoints = kept_checkpoints(config, run, policy)
     chosen = choose(config, run, asker, checkpoints, metrics)
@@ -57,18 +65,45 @@ def evaluate(config: Config, run: Run) -> dict[str, float]:
             wanted[""] = chosen
         elif config.method == "none":
             wanted[""] = run.checkpoint
+        asked = {
+            path: asker.ask(path, task, test, config.test_samples, TEST_SEED) for path in dict.fromkeys(wanted.values())
+        }
+        verdicts = {
+            path: judged(judge, test, found, baseline) for path, found in asked.items() if judge and task == "chat"
+        }
         for suffix, path in wanted.items():
-            found = asker.ask(path, task, test, config.test_samples, TEST_SEED)
+            found = asked[path]
             for i, row in enumerate(test):
                 record = rows.setdefault(f"{task}/{row['item']}", new_record(row))
                 record[f"outputs{suffix}"] = found["texts"][i]
                 record["scores"] |= {k + suffix: v for k, v in scores(row, found, baseline, i, asker.by_gold).items()}
+                if path in verdicts and verdicts[path][i] is not None:
+                    record["scores"][f"judge_win_rate{suffix}"] = verdicts[path][i]
+    if judge:
+        metrics |= {f"judge_{name}": count for name, count in judge.counts.items()}
     metrics |= policy_entropies(config, asker, policy, run.checkpoint)
     predictions = list(rows.values())
     run.write_predictions(predictions)
     for name in dict.fromkeys(name for record in predictions for name in record["scores"]):
         metrics[name] = float(np.mean([r["scores"][name] for r in predictions if name in r["scores"]]))
     return metrics
+
+
+def load_judge(config: Config) -> Judge[float]:
+    from papers.semi_online.judge import read_choice
+    from shared.generation import load_sampler
+    from shared.rewards.judge import Judge
+
+    options = {"base_url": config.judge_url} if config.judge_backend == "openai" else {}
+    return Judge(load_sampler(config.judge_backend, config.judge_model, **options), read_choice)
+
+
+def judged(judge: Judge[float], rows: Sequence[dict], found: dict, baseline: dict) -> list[float | None]:
+    """The judge's verdicts on the first response to each prompt."""
+    from papers.semi_online.judge import judged_wins
+
+    first, other = ([texts[0] for texts in side["texts"]] for side in (found, baseline))
+    return judged_wins(judge, [row["prompt"] for row in rows], first, other)
 
 
 def kept_checkpoints(config: Config, run: Run, policy: Path | str) -> dict[int, Path | str]:

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from papers.semi_online.config import Config, Recipe
 from papers.semi_online.worlds import Rewards, starting_points, train_rows
 from shared.experiments import Run, UserError, files, stage_main
+from shared.experiments.paper import load_paper
+from shared.experiments.run import run_key
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -39,6 +40,9 @@ def train(config: Config, run: Run) -> dict[str, float]:
         return found
     rewards = Rewards(config, reward_model)
     for number, phase in enumerate(config.phases[:-1]):
+        if number == 0 and (same := arm_of_phase(config, phase, run)):
+            policy = same
+            continue
         # An earlier phase is a run of its own, in a directory of its own, so that each can resume.
         part = dataclasses.replace(run, dir=run.dir / f"phase{number + 1}")
         record = part.dir / "train.json"
@@ -47,6 +51,21 @@ def train(config: Config, run: Run) -> dict[str, float]:
             part.finish(train_phase(config, phase, part, policy, rewards, snapshots=False), config)
         policy = part.checkpoint
     return found | train_phase(config, config.phases[-1], run, policy, rewards, snapshots=True)
+
+
+def arm_of_phase(config: Config, phase: str, run: Run) -> Path | None:
+    """The checkpoint of a finished arm that is this first phase alone, with the same seed, config and code: what would
+    be trained is the same to the last bit. (The paper's chat-then-math run starts from its chat run.)"""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 or run.dir.parent.name != run.arm:
+        return None  # processes might disagree whether it has finished; a run that was put elsewhere has no others
+    alone = dataclasses.replace(config, phases=[phase])
+    for record in sorted(run.dir.parents[1].glob(f"*/{run.seed}/train.json")):
+        found = files.read_json(record)
+        if found["config"] == dataclasses.asdict(alone):
+            key = run_key(load_paper(run.paper), "train", alone, found["arm"], run.seed)
+            if found["key"] == key and (checkpoint := record.with_name("checkpoint")).is_dir():
+                return checkpoint
+    return None
 
 
 def train_phase(
@@ -74,13 +93,16 @@ def make_trainer(
     model, tokenizer = load_policy(policy)
     recipe: Recipe = getattr(config, phase)
     if config.method == "grpo":
-        from datasets import Dataset
-        from trl import GRPOConfig, GRPOTrainer
+        from trl.trainer.grpo_trainer import GRPOConfig  # not from trl: so stages find the trainer imported already
+
+        from shared.training.grpo import GRPOTrainer, prompt_stream
 
         arguments = GRPOConfig(**grpo_options(config, recipe, run))
         kept = ("prompt", "task", "answer")  # columns of one type in all rows
-        table = Dataset.from_list([{name: row[name] for name in kept if name in row} for row in rows])
-        return GRPOTrainer(model, rewards, arguments, train_dataset=table, processing_class=tokenizer), tokenizer
+        table = [{name: row[name] for name in kept if name in row} for row in rows]
+        # The prompts of each step are those of the DPO arms.
+        stream = prompt_stream(table, recipe.steps * recipe.prompts, run.seed)
+        return GRPOTrainer(model, rewards, arguments, train_dataset=stream, processing_class=tokenizer), tokenizer
 
     from papers.semi_online.method import GroupDPOTrainer
     from shared.training.preference import PreferenceConfig, PreferenceTrainer
@@ -173,6 +195,7 @@ def grpo_options(config: Config, recipe: Recipe, run: Run) -> dict[str, Any]:
         "gradient_accumulation_steps": accumulated,
         "steps_per_generation": accumulated * (config.sync_steps or recipe.steps),
         "num_iterations": 1,
+        "shuffle_dataset": False,
         "max_completion_length": recipe.max_new_tokens,
         "loss_type": "dr_grpo",
         "scale_rewards": "group" if config.advantage_std else "none",
@@ -189,19 +212,13 @@ def snapshot_callback(trainer: Trainer, tokenizer, run: Run, every: int):
     """Keeps the policy of every `every`-th step but the last in snapshots/STEP, whole or not at all."""
     from transformers import TrainerCallback
 
+    from shared.training.runs import save_policy
+
     class Keep(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs) -> None:
             if state.global_step % every or state.global_step >= state.max_steps:
                 return
-            path = snapshot(run, state.global_step)
-            new = path.with_name(f"{path.name}.new")
-            trainer.save_model(str(new))
-            trainer.accelerator.wait_for_everyone()
-            if run.is_main_process:
-                (new / "training_args.bin").unlink(missing_ok=True)
-                tokenizer.save_pretrained(new)
-                shutil.rmtree(path, ignore_errors=True)
-                new.rename(path)
+            save_policy(trainer, tokenizer, run, snapshot(run, state.global_step))
 
     return Keep()
 

@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 import torch
-import trl
 from datasets import Dataset
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from trl.trainer.grpo_trainer import GRPOTrainer as TRLTrainer
 from trl.trainer.utils import pad
 
 
-class GRPOTrainer(trl.GRPOTrainer):
+class GRPOTrainer(TRLTrainer):
     """TRL's `GRPOTrainer`; the losses are its own.
 
     - A reward function with an attribute `needs_logprobs` that is true gets the column `logprobs`: for each completion

@@ -106,8 +106,10 @@ def sft(
     from transformers.trainer_callback import PrinterCallback
     from trl import SFTConfig, SFTTrainer
 
-    prompts = tokenizer([prompt for prompt, _ in examples])["input_ids"]
-    completions = tokenizer([completion for _, completion in examples])["input_ids"]
+    from shared.training.runs import fit_tiles
+
+    prompts = tokenizer([prompt for prompt, _ in examples], return_attention_mask=False)["input_ids"]
+    completions = tokenizer([completion for _, completion in examples], return_attention_mask=False)["input_ids"]
     eos = [tokenizer.eos_token_id]
     rows = {
         "input_ids": [p + c + eos for p, c in zip(prompts, completions, strict=True)],
@@ -134,6 +136,7 @@ def sft(
         disable_tqdm=True,
     )
     trainer = SFTTrainer(model, options, train_dataset=Dataset.from_dict(rows), processing_class=tokenizer)
+    fit_tiles(model)
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     shutil.rmtree(directory / "sft", ignore_errors=True)

@@ -206,6 +206,15 @@ def test_trls_grpo_is_eq_1(make_trainer):
     assert expected.norm() > 1e-3
 
 
+def test_grpo_meets_the_prompts_of_the_dpo_arms(make_trainer):
+    config = small_config(recipe={"prompts": 3, "n_train": 10, "steps": 6})
+    dpo, _ = make_trainer(config)
+    grpo, _ = make_trainer(config, method="grpo")
+    expected = [sorted(dpo.rows[i]["prompt"] for i in dpo.rows_at(step)) for step in range(6)]
+    batches = list(grpo.get_train_dataloader())
+    assert [sorted({row["prompt"] for row in batch}) for batch in batches] == [sorted(set(of)) for of in expected]
+
+
 def test_options_of_grpo_undo_trls_constant(make_run):
     from papers.semi_online.train import grpo_options
 

@@ -16,7 +16,7 @@ from papers.semi_online.eval import evaluate
 from papers.semi_online.plot import draw
 from shared.experiments import UserError, files
 from shared.experiments.paper import ROOT, load_paper
-from shared.experiments.run import resolve_config
+from shared.experiments.run import Run, resolve_config, run_key
 from tests.papers.semi_online.conftest import small_config
 
 
@@ -170,8 +170,6 @@ ARMS = {
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """Two seeds of every kind of arm, trained and evaluated: runs/semi_online/tiny."""
-    from shared.experiments.run import Run
-
     home = tmp_path_factory.mktemp("all") / "tiny"
     for arm, options in ARMS.items():
         for seed in (0, 1) if arm in ("base", "s1") else (0,):
@@ -231,6 +229,30 @@ def test_figures_without_their_arms_are_left_out(runs, tmp_path):
     finally:
         files.write_json(runs / "runs.json", [[arm, 0] for arm in ARMS])
     assert {path.stem for path in tmp_path.glob("*.png")} == {"accuracy", "chat"}
+
+
+def test_a_first_phase_that_another_arm_has_trained_is_taken_from_it(tmp_path):
+    """It is what would have been trained; with other config or code it would not."""
+    alone, both = small_config(phases=["chat"]), small_config(phases=["chat", "math"])
+
+    def trained(arm: str, config: Config) -> Run:
+        key = run_key(load_paper("semi_online"), "train", config, arm, 0)
+        run = Run(tmp_path / arm / "0", "semi_online", "tiny", arm, 0, "train", key)
+        run.dir.mkdir(parents=True)
+        run.begin()
+        run.finish(train.train(config, run), config)
+        return run
+
+    before, chat, after = trained("before", both), trained("chat", alone), trained("after", both)
+    assert (before.dir / "phase1").exists()
+    assert not (after.dir / "phase1").exists()
+    weights = [(run.checkpoint / "model.safetensors").read_bytes() for run in (before, after, chat)]
+    assert weights[0] == weights[1] != weights[2]
+    assert train.arm_of_phase(both, "chat", after) == chat.checkpoint
+    assert train.arm_of_phase(small_config(phases=["chat", "math"], sync_steps=2), "chat", after) is None
+    record = files.read_json(chat.dir / "train.json")
+    files.write_json(chat.dir / "train.json", {**record, "key": "of other code"})
+    assert train.arm_of_phase(both, "chat", after) is None
 
 
 # ---- resuming --------------------------------------------------------------------------------------------------------
