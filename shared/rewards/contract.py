@@ -58,9 +58,9 @@ def checked(rewards: Sequence[float | None], rows: int, reward: str) -> list[flo
         try:
             number = None if value is None else float(value)
         except (TypeError, ValueError):
-            number = math.nan
-        if number is not None and not math.isfinite(number):
-            raise ValueError(f"{reward} returned {value!r} for row {row}; a reward must be a finite number or None")
+            number = repr(value)
+        if isinstance(number, str) or (number is not None and not math.isfinite(number)):
+            raise ValueError(f"{reward} returned {number} for row {row}; a reward must be a finite number or None")
         result.append(number)
     return result
 

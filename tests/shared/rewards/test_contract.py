@@ -1,5 +1,6 @@
 import re
 
+import numpy as np
 import pytest
 
 from shared.experiments.errors import UserError
@@ -11,6 +12,8 @@ def test_only_finite_numbers_and_none_leave_a_reward():
     for bad in (float("nan"), float("inf"), -float("inf"), "a", [1.0], {}):
         with pytest.raises(ValueError, match=re.escape(f"r returned {bad!r} for row 1; a reward must be")):
             checked([0.0, bad], 2, "r")
+    with pytest.raises(ValueError, match="r returned nan for row 0"):
+        checked(np.array([np.nan], dtype=np.float32), 1, "r")
     for bad in (None, 0.5, (0.5 for _ in range(2))):
         with pytest.raises(ValueError, match=r"r returned .* for 2 completions; it must return a list"):
             checked(bad, 2, "r")
