@@ -30,10 +30,7 @@ import numpy as np
 
 from shared.experiments.errors import UserError, unknown
 from shared.experiments.paper import Claim, Comparison, Operand
-
-REPRODUCED, WEAK, NOT_REPRODUCED = "reproduced", "weak", "not reproduced"
-NOT_TESTABLE = "not testable here"
-VERDICTS = (REPRODUCED, WEAK, NOT_REPRODUCED, NOT_TESTABLE)
+from shared.experiments.verdicts import NOT_REPRODUCED, NOT_TESTABLE, REPRODUCED, VERDICTS, WEAK
 
 TAILS = (0.025, 0.975)
 RESAMPLES = 10_000

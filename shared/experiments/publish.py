@@ -13,11 +13,12 @@ from shared.experiments import files
 from shared.experiments.errors import UserError, unknown
 from shared.experiments.keys import code_files, imports
 from shared.experiments.paper import PAPERS, Paper, load_paper, paper_names
-from shared.experiments.report import tally, write_report
+from shared.experiments.report import write_report
 from shared.experiments.reproduce import Request, plan, plot_job
 from shared.experiments.resources import load_resources
 from shared.experiments.results import read_results, write_results
 from shared.experiments.site import JUDGED_SCALES, published_dir
+from shared.experiments.verdicts import tally
 from shared.plotting import MAX_PNG_BYTES
 
 MIN_TINY_SEEDS = 3

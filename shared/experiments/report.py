@@ -8,7 +8,6 @@ from __future__ import annotations
 import base64
 import functools
 import math
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,8 @@ import jinja2
 from markupsafe import Markup
 
 from shared.experiments import files
-from shared.experiments.claims import NOT_REPRODUCED, NOT_TESTABLE, REPRODUCED, VERDICTS, WEAK
 from shared.experiments.paper import Paper
+from shared.experiments.verdicts import NOT_REPRODUCED, NOT_TESTABLE, REPRODUCED, WEAK, tally
 
 TEMPLATES = Path(__file__).parent / "templates"
 MARKS = {REPRODUCED: "✓", WEAK: "~", NOT_REPRODUCED: "✗", NOT_TESTABLE: "–"}
@@ -67,12 +66,6 @@ def template(name: str) -> jinja2.Template:
         interval_plot=interval_plot,
     )
     return environment.get_template(name)
-
-
-def tally(results: dict) -> list[tuple[str, int]]:
-    """How many claims have which verdict, best first."""
-    counts = Counter(claim["verdict"] for claim in results["claims"])
-    return [(verdict, counts[verdict]) for verdict in VERDICTS if counts[verdict]]
 
 
 def embedded(png: Path) -> str:

@@ -23,6 +23,7 @@ from shared.experiments.progress import Display, duration
 from shared.experiments.resources import Resources, load_resources, slots, stage_command, visible_gpus
 from shared.experiments.run import EXIT_USER_ERROR, resolve_config, run_key
 from shared.experiments.scheduler import DONE, Interrupted, Job, Stage, run_jobs
+from shared.experiments.verdicts import tally
 from shared.experiments.warm import heavy_modules
 
 LAUNCHERS = ("local", "slurm")
@@ -363,10 +364,7 @@ def _status(paper: Paper, scale: str) -> str:
         return "no config"
     if not path.is_file():
         return "-"
-    from shared.experiments.report import tally
-    from shared.experiments.results import read_results
-
-    return ", ".join(f"{count} {verdict}" for verdict, count in tally(read_results(path)))
+    return ", ".join(f"{count} {verdict}" for verdict, count in tally(files.read_json(path)))
 
 
 def smoke(args: argparse.Namespace, root: Path, console: Console) -> int:

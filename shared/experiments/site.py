@@ -8,8 +8,9 @@ from pathlib import Path
 
 from shared.experiments import files
 from shared.experiments.paper import SCALES, Paper
-from shared.experiments.report import embedded, render_html, tally, template
+from shared.experiments.report import embedded, render_html, template
 from shared.experiments.results import read_results
+from shared.experiments.verdicts import tally
 
 JUDGED_SCALES = tuple(scale for scale in SCALES if scale != "smoke")
 
