@@ -14,8 +14,9 @@ def tokenizer():
     return word_tokenizer(WORDS)
 
 
-def make_trainer(tokenizer, directory, reward, n=4, double=False, steps=2, updates=1, **options):
+def make_trainer(tokenizer, directory, reward, n=4, double=False, steps=2, updates=1, stock=False, **options):
     import torch
+    import trl
     from trl import GRPOConfig
 
     from shared.models import llama_from_scratch
@@ -51,7 +52,7 @@ def make_trainer(tokenizer, directory, reward, n=4, double=False, steps=2, updat
     )
     stream = prompt_stream([{"prompt": prompt, "length": len(prompt)} for prompt in PROMPTS], steps * len(PROMPTS), 3)
     torch.manual_seed(3)
-    trainer = GRPOTrainer(
+    trainer = (trl.GRPOTrainer if stock else GRPOTrainer)(
         model=model.double() if double else model,
         reward_funcs=reward,
         args=arguments,
@@ -188,6 +189,20 @@ def test_rewards_that_ask_for_logprobs_get_those_of_the_policy(tokenizer, tmp_pa
             logits = trainer.model(torch.tensor([start + ids])).logits[0] / 0.7
         expected = logits.log_softmax(-1)[len(start) - 1 : -1].gather(1, torch.tensor(ids)[:, None])[:, 0]
         assert found == pytest.approx(expected.tolist(), abs=1e-4)
+
+
+def test_without_what_we_add_it_is_trls_trainer(tokenizer, tmp_path):
+    """The weights after two steps, to the last bit."""
+    import torch
+
+    weights = []
+    for stock in (False, True):
+        trainer = make_trainer(tokenizer, tmp_path / str(stock), first_words, stock=stock)
+        before = [p.detach().clone() for p in trainer.model.parameters()]
+        trainer.train()
+        weights.append(list(trainer.model.parameters()))
+        assert not torch.equal(weights[-1][0], before[0])
+    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
 
 
 def test_rewards_that_do_not_ask_get_none(tokenizer, tmp_path):

@@ -47,6 +47,14 @@ def vector(model):
     return torch.cat([p.detach().flatten() for p in model.parameters()]).clone()
 
 
+def disturb(model):
+    """A reference that differs from the policy."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+
+
 def wide(model):
     """The model in float64, untouched by any trainer."""
     copied = type(model)(model.config).double()
@@ -90,19 +98,43 @@ def test_the_loss_is_the_sum_over_pairs_by_the_number_of_prompts(make, tokenizer
     assert found.item() == pytest.approx(expected.item() / 3, rel=1e-5)
 
 
-def test_with_a_pair_for_every_prompt_it_is_trls_loss(make, tokenizer):
-    from trl import DPOTrainer
+@pytest.mark.parametrize("loss", [{}, {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5]}])
+def test_with_a_pair_for_every_prompt_it_is_trls_trainer(make, tokenizer, loss, tmp_path):
+    """A DPOTrainer of TRL's own, from texts: same loss, same gradient."""
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
 
-    trainer = make(loss_type=["sigmoid", "sft"], loss_weights=[1.0, 0.5])
-    pools = [pool_of(trainer, tokenizer, i, "1 2", "3") for i in range(4)]
+    trainer = make(beta=0.7, **loss)
+    disturb(trainer.ref_model)
+    chosen, rejected = ["1 2", "5", "2 2", "4 0 1"], ["3", "1 1 1", "0", "6 6"]
+    pools = [pool_of(trainer, tokenizer, i, *texts) for i, texts in enumerate(zip(chosen, rejected, strict=True))]
     for pool in pools:
         pool.pairs.append((0, 1))
-    inputs = trainer.build_inputs(pools)
-    assert inputs.pop("pairs_per_prompt") == 1
-    plain = DPOTrainer._compute_loss(trainer, trainer.model, inputs, False)
-    ours = trainer._compute_loss(trainer.model, {**inputs, "pairs_per_prompt": 1.0}, False)
-    assert ours.item() == pytest.approx(plain.item(), abs=1e-6)
-    assert plain.item() > math.log(2)  # the NLL is in it
+
+    table = {
+        "prompt": [pool.row["prompt"] for pool in pools],
+        "chosen": [f" {text}" for text in chosen],
+        "rejected": [f" {text}" for text in rejected],
+    }
+    options = DPOConfig(
+        str(tmp_path), beta=0.7, use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none", **loss
+    )
+    plain = DPOTrainer(
+        wide(trainer.policy).float().train(),
+        wide(trainer.ref_model).float(),
+        options,
+        train_dataset=Dataset.from_dict(table),
+        processing_class=tokenizer,
+    )
+    batches = [trainer.build_inputs(pools), plain.data_collator(list(plain.train_dataset))]
+    found = []
+    for one, batch in zip((trainer, plain), batches, strict=True):
+        value = one.compute_loss(one.model, batch)
+        value.backward()
+        found.append((value.item(), torch.cat([p.grad.flatten() for p in one.model.parameters()])))
+    assert found[0][0] == pytest.approx(found[1][0], abs=1e-6)
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=0, atol=1e-6)
+    assert abs(found[0][0] - math.log(2)) > 1e-2
 
 
 def test_without_any_pair_nothing_is_learned(make, tokenizer):
