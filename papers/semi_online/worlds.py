@@ -102,7 +102,7 @@ def _hub_rows(config: Config, task: str, split: str, n: int, seed: int) -> list[
 class Rewards:
     """Each completion's reward by its row's `task`: a verifier's for math, the reward model's raw score for chat.
 
-    The reward model is loaded when it is first needed. counts: completions scored, by task.
+    The reward model is loaded when it is first needed.
     """
 
     __name__ = "verifier or reward model"
