@@ -171,10 +171,9 @@ def _letter_set(letters: np.ndarray) -> np.ndarray:
 
 def _repeated(blocks_BKN: np.ndarray) -> np.ndarray:
     """(B, K): the block stands in its context already, further left."""
+    # Codes of more than 13 letters wrap around: blocks that are alike by chance are drawn again.
     code_BK = np.zeros(blocks_BKN.shape[:2], dtype=np.int64)
-    for i in range(
-        blocks_BKN.shape[-1]
-    ):  # beyond 13 letters it wraps around: two blocks alike by chance are drawn again
+    for i in range(blocks_BKN.shape[-1]):
         code_BK = code_BK * len(LETTERS) + blocks_BKN[..., i]
     order = code_BK.argsort(axis=1, kind="stable")
     ordered = np.take_along_axis(code_BK, order, axis=1)
