@@ -88,9 +88,10 @@ class Config:
     """classifier (one output; Athene) or armo (ArmoRM's 19 objectives and gate)."""
     reward_model_learned: bool = False
     """keywords in a generated world: train against a reward model learned from comparisons, not against the rule."""
-    reward_model_pairs: int = capped(16_000, smoke=200)
-    reward_model_steps: int = capped(300, smoke=3)
-    reward_model_lr: float = 2e-3
+    reward_model_pairs: int = capped(24_000, smoke=200)
+    """Most comparisons; samples without five keywords make about half of them void."""
+    reward_model_steps: int = capped(400, smoke=3)
+    reward_model_lr: float = 1e-3
     reward_model_accuracy: float = capped(0.65, smoke=0.0)
     """Least share of held-out pairs that it must order right."""
     judge_model: str | None = None

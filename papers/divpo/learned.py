@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from shared.rewards.reward_model import RewardModel
 
 SHARPNESS = 8.0
+TEMPERATURES = (1.0, 1.5)  # a reward model that only saw the policy's favourites takes rare words for good
 HELD_OUT = 500  # comparisons of development titles
 
 
@@ -60,7 +61,8 @@ def load_learned_reward(config: Config, run: Run, world: StoryWorld, start: Path
 def compare(
     world: StoryWorld, rows: Sequence[dict], start: Path, n: int, seed: int, sharpness: float = SHARPNESS
 ) -> list[Comparison]:
-    """`n` comparisons of the policy's samples for random rows: (prompt and a space, preferred story, other story).
+    """`n` comparisons of the policy's samples for random rows: (prompt and a space, preferred story, other story); the
+    same number at each of `TEMPERATURES`.
 
     Fewer, as samples without five keywords (a rule gives them the reward 0) and pairs of equal quality are left out.
 
@@ -68,9 +70,13 @@ def compare(
         sharpness: of the readers' judgement; infinite for the true order.
     """
     rng = np.random.default_rng([seed, 3])
-    drawn = [rows[i] for i in rng.integers(len(rows), size=-(-n // 2))]
+    each = -(-n // (2 * len(TEMPERATURES)))  # groups of four samples, two pairs
+    drawn = [rows[i] for i in rng.integers(len(rows), size=each * len(TEMPERATURES))]
+    groups = []
     with load_sampler("transformers", start, batch_size=1024) as sampler:
-        groups = sampler.sample([row["prompt"] for row in drawn], 4, SamplingParams(N_KEYWORDS + 1, seed=seed))
+        for k, temperature in enumerate(TEMPERATURES):
+            prompts = [row["prompt"] for row in drawn[k * each : (k + 1) * each]]
+            groups += sampler.sample(prompts, 4, SamplingParams(N_KEYWORDS + 1, temperature, seed=seed))
     found = []
     for row, group in zip(drawn, groups, strict=True):
         texts = [c.text for c in group if len(c.text.split()) == N_KEYWORDS and c.finish_reason == "stop"]
