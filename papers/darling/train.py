@@ -57,7 +57,7 @@ def train(config: Config, run: Run) -> dict[str, float]:
 
 def grpo_config(config: Config, run: Run):
     """TRL's settings. Eq. 6, a mean over all tokens of the batch, is its loss "dapo"."""
-    from trl.trainer.grpo_trainer import GRPOConfig  # not from trl: so stages find the trainer imported already
+    from trl import GRPOConfig
 
     from shared.training.runs import trainer_options
 
