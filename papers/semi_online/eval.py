@@ -80,7 +80,7 @@ def evaluate(config: Config, run: Run) -> dict[str, float]:
                 if path in verdicts and verdicts[path][i] is not None:
                     record["scores"][f"judge_win_rate{suffix}"] = verdicts[path][i]
     if judge:
-        metrics |= {f"judge_{name}": count for name, count in judge.counts.items()}
+        metrics |= {f"judge_{name}": count for name, count in {"rows": 0, **judge.counts}.items()}
     metrics |= policy_entropies(config, asker, policy, run.checkpoint)
     predictions = list(rows.values())
     run.write_predictions(predictions)

@@ -63,7 +63,14 @@ def test_the_judges_verdicts_are_among_the_results(arm, llama_chat, reward_check
 
     small = [f"hub.model={llama_chat}", f"hub.reward_model={reward_checkpoint}", "use_vllm=false", "judge_model=judge"]
     small += ["n_dev=2", "n_test=3", "test_samples=2", "save_every=1", "num_generations=4", "all_tasks=false"]
-    small += ["chat.n_train=4", "chat.steps=2", "chat.prompts=2", "chat.max_new_tokens=8"]
+    small += [
+        "both.n_train=9",
+        "chat.n_train=4",
+        "chat.steps=2",
+        "chat.prompts=2",
+        "chat.max_new_tokens=8",
+        "chat.lr=0.03",
+    ]
     small += [f"hub.sources.{name}={path}" for name, path in sources.items()]
     if arm == "base":
         small.append("phases=[chat]")
