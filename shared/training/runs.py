@@ -46,10 +46,11 @@ def fit_tiles(model: PreTrainedModel) -> None:
     """Makes TRL's output layer as fast for a small vocabulary as it is for a large one; what it computes is the same.
 
     TRL lays the logits out in rows of 32,768 tokens, whatever the vocabulary. With one of 50 words each row lies in
-    memory pages of its own, and touching them took a fifth of a training step on a CPU.
+    memory pages of its own, and touching them took a fifth of a training step on a CPU. Elsewhere nothing is changed.
     """
     vocabulary = model.config.get_text_config().vocab_size
-    trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE = min(WIDEST_TILE, -(-vocabulary // 64) * 64)
+    width = -(-vocabulary // 64) * 64 if model.device.type == "cpu" else WIDEST_TILE
+    trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE = min(WIDEST_TILE, width)
 
 
 def fit(trainer: Trainer, run: Run, save_every: float = 20.0) -> None:
