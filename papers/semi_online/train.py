@@ -93,7 +93,7 @@ def make_trainer(
     model, tokenizer = load_policy(policy)
     recipe: Recipe = getattr(config, phase)
     if config.method == "grpo":
-        from trl.trainer.grpo_trainer import GRPOConfig  # not from trl: so stages find the trainer imported already
+        from trl import GRPOConfig
 
         from shared.training.grpo import GRPOTrainer, prompt_stream
 
