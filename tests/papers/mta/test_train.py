@@ -280,15 +280,17 @@ def test_streams_of_text_go_on_where_they_were(tmp_path, slimpajama):
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["replicated", "sharded"])
 def test_two_processes_train_the_model_of_one(how, tmp_path):
+    from papers.mta.train import train
+
     arguments = ["--arm", "first_mta", "--seed", "7"]
     settings = ["n_test=4", "steps=6", "batch_size=8", "n_dev=4", "eval_every=3", "model.hidden_size=32"]
     script = {"replicated": ["-m", "papers.mta.train"], "sharded": ["tests/papers/mta/sharded_train.py"]}[how]
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
-    for out, command in (("one", ["-m", "papers.mta.train"]), ("two", [*torchrun, *script])):
-        command = [sys.executable, *command, *arguments, "--out", str(tmp_path / out), *settings]
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
-        assert done.returncode == 0, done.stderr[-3000:]
+    stage_main("train", Config, train, [*arguments, "--out", str(tmp_path / "one"), *settings])
+    command = [sys.executable, *torchrun, *script, *arguments, "--out", str(tmp_path / "two"), *settings]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
     one, two = (weights(tmp_path / out / "checkpoint") for out in ("one", "two"))
     assert one.keys() == two.keys()
     for name in one:
