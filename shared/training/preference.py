@@ -105,7 +105,8 @@ class PreferenceTrainer(DPOTrainer):
     the mean log-probability of the sampled tokens (at temperature 1 an unbiased estimate of the generator's mean
     next-token entropy, in nats); rollout/usable, the share of prompts that gave a pair; rollout/truncated,
     rollout/empty and rollout/unscored, shares of the samples; rollout/staleness, steps since the last copy; and, summed
-    since the process began, rollout/calls, rollout/tokens and rollout/seconds of generation.
+    since the process began, rollout/calls, rollout/tokens and rollout/seconds of generation. In the step that samples,
+    what the reward gives to TRL's `log_metric` (shares of failures; of the first process's samples).
 
     Raises UserError naming the row for a prompt that does not fit into the model's context, and what `reward` raises.
     """
@@ -224,8 +225,14 @@ class PreferenceTrainer(DPOTrainer):
             for c in of_row
         ]
         ids = [c.token_ids for of_row in found for c in of_row]
-        rewards = self.reward(prompts=prompts, completions=completions, completion_ids=ids, **columns)
+        rewards = self.reward(
+            prompts=prompts, completions=completions, completion_ids=ids, log_metric=self._log_metric, **columns
+        )
         return checked(rewards, len(completions), getattr(self.reward, "__name__", "the reward"))
+
+    def _log_metric(self, name: str, value: float) -> None:
+        """What rewards call, as in TRL's GRPOTrainer."""
+        self._metrics["train"][name].append(value)
 
     # ---- TRL's hooks ----
 

@@ -371,6 +371,21 @@ def test_rows_of_different_kinds_get_none_for_the_columns_they_lack(make, rows):
     assert [pool.pairs for pool in pools] == [[], []]
 
 
+def test_failures_of_the_reward_are_in_the_log(make):
+    calls = []
+
+    def reward(completions, log_metric, **columns):
+        calls.append(len(completions))
+        log_metric("judge/failed", len(calls) / 8)
+        return [None] * len(completions)
+
+    trainer = make(reward=reward, sync_steps=4)
+    trainer.train()
+    logged = {row["step"]: row["judge/failed"] for row in trainer.state.log_history if "judge/failed" in row}
+    assert calls == [4 * B * N, 3 * B * N]  # steps 1 to 4, 5 to 7
+    assert logged == {1: 1 / 8, 5: 2 / 8}
+
+
 def test_vllm_samples_go_through_the_same_path(make, monkeypatch):
     """TRL's engine replaced by one that answers from a list: prompts repeated N times, weights pushed at copies."""
     calls = []
