@@ -200,6 +200,8 @@ def draw_head_mixing(found: Found, paper: Paper, arms: Sequence[str], out: Path)
             lines_with_band(right, [int(layer) for layer in layers], ratio_SL, label, **style)
     left.set(xlabel="layer", ylabel="mean size of the diagonal")
     right.set(xlabel="layer", ylabel="mean size off the diagonal, by that on it")
+    for ax in (left, right):
+        ax.xaxis.get_major_locator().set_params(integer=True)
     legend_outside(fig)
     save(fig, out, "head_mixing")
 
