@@ -100,6 +100,7 @@ def test_each_slot_has_its_own_process(job, tmp_path):
     ("code", "reason"),
     [
         ("sys.exit(3)", "stage0 ended with status 3"),
+        ("sys.exit('what went wrong')", "stage0 ended with status 1"),
         ("raise RuntimeError('what went wrong')", "stage0 ended with status 1"),
         ("os.kill(os.getpid(), 9)", "stage0 was killed by SIGKILL: out of memory?"),
         ("os.kill(os.getpid(), 15)", "stage0 was killed by SIGTERM"),
@@ -113,8 +114,31 @@ def test_reasons_of_failure(job, tmp_path, code, reason):
     assert failing.state == FAILED
     assert reason in failing.error
     if "what went wrong" in code:
-        assert "RuntimeError: what went wrong" in failing.stages[0].out.read_text()
+        said = failing.stages[0].out.read_text()
+        assert "what went wrong" in said
+        assert ("RuntimeError" in said) == ("RuntimeError" in code)
     assert other.state == DONE  # whatever happened to the process it would have been forked from
+
+
+def test_the_end_of_a_stage_is_that_of_an_interpreter(job, tmp_path):
+    """Threads have finished, what is registered to be done at the end is done, and what was printed is there."""
+    code = """
+import atexit, tempfile, threading, time
+from concurrent.futures import ThreadPoolExecutor
+directory = tempfile.TemporaryDirectory(dir=os.path.dirname(sys.argv[1]))
+atexit.register(lambda: print("at the end"))
+threading.Thread(target=lambda: (time.sleep(0.2), print("the thread"))).start()
+ThreadPoolExecutor().submit(lambda: (time.sleep(0.2), print("the pool")))
+"""
+    warm, cold = job("warm", code), job("cold", code, warm=())
+    run(tmp_path, warm, cold)
+    for one in (warm, cold):
+        assert one.state == DONE
+        lines = one.stages[0].out.read_text().splitlines()
+        assert sorted(lines) == ["at the end", "errors too", "the pool", "the thread", "to the log"]
+        assert lines[-1] == "at the end"
+        assert not [path for path in one.directory.iterdir() if path.is_dir()]
+    assert seen(warm, 0)["warm"]
 
 
 def test_without_the_warm_process_stages_start_cold(job, tmp_path):
