@@ -8,7 +8,7 @@ from shared.experiments.config import capped
 
 CHOICES = {
     "task": ("persona", "keywords", "instruct"),
-    "method": ("base", "sft", "dpo", "divpo"),
+    "method": ("base", "sft", "dpo", "grpo", "divpo"),
     "criterion": ("probability", "frequency", "overlap", "llm"),
     "rho_mode": ("range", "quantile"),
     "lr_schedule": ("constant", "cosine"),
@@ -36,7 +36,8 @@ class Config:
 
     # ---- method ----
     method: str = "divpo"
-    """base (no training), sft (on the best sample), dpo (best against worst) or divpo."""
+    """base (no training), sft (on the best sample), dpo (best against worst), grpo (online RL on the reward alone) or
+    divpo."""
     online: bool = True
     """Sample from the policy itself at each step; otherwise from the starting policy throughout."""
     criterion: str = "probability"
@@ -48,6 +49,7 @@ class Config:
     allow_all_equal: bool = False
     """Whether samples with all the same reward give a pair."""
     beta: float = 0.1
+    """DPO's; GRPO has no KL term."""
     nll_weight: float = 0.0
     """Weight of the chosen response's negative log-likelihood per token beside the DPO loss."""
 
@@ -127,6 +129,8 @@ class Config:
             raise ValueError(f"rho: {self.rho} is not between 0 and 0.5")
         if self.num_generations < 2:
             raise ValueError("num_generations: a pair needs at least 2 samples")
+        if self.method == "grpo" and not self.online:
+            raise ValueError("method grpo needs online: true, its gradient is that of the policy that sampled")
         if self.task == "instruct" and not (self.model and self.reward_model):
             raise ValueError("task instruct needs model and reward_model")
         if self.task == "keywords" and self.model and not self.reward_model:

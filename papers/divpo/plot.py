@@ -19,9 +19,10 @@ from shared.experiments.paper import Paper, load_paper
 from shared.plotting import COLORS, figure, legend_outside, lines_with_band, save
 
 Runs = Mapping[int, Path]
-ONLINE_PERSONA = ("persona_dpo", "persona_divpo", "persona_divpo_freq")
+ONLINE_PERSONA = ("persona_dpo", "persona_divpo", "persona_divpo_freq", "persona_grpo")
 NAMES_OF = ("persona_base", *ONLINE_PERSONA)
-SWEPT = ("keywords_base", "keywords_dpo", "keywords_dpo_beta", "keywords_divpo")
+SWEPT = ("keywords_base", "keywords_dpo", "keywords_dpo_beta", "keywords_divpo", "keywords_grpo")
+COUNTED = ("keywords_dpo", "keywords_grpo", "keywords_divpo")
 RHO_CURVES = {
     "probability": [f"keywords_divpo{rho}" for rho in ("_rho10", "_rho20", "", "_rho40", "_rho50")],
     "frequency": ["keywords_divpo_freq_rho10", "keywords_divpo_freq"],
@@ -161,13 +162,13 @@ def scatter_arms(ax, found: Mapping[str, Runs], paper: Paper, x: str, y: str) ->
 
 
 def draw_words(found: Mapping[str, Runs], paper: Paper, out: Path) -> None:
-    """How many of one title's samples have each word, DPO and DivPO (Figure 6)."""
-    arms = [arm for arm in ("keywords_dpo", "keywords_divpo") if arm in found]
+    """How many of one title's samples have each word, DPO and DivPO (Figure 6), and GRPO."""
+    arms = [arm for arm in COUNTED if arm in found]
     if len(arms) < 2:
         return
-    seed, path = next(iter(found["keywords_dpo"].items()))
+    seed, path = next(iter(found[arms[0]].items()))
     item = read_rows(path)[0]["item"]
-    fig, panels = figure(columns=2, width=9.5, height=3.4)
+    fig, panels = figure(columns=len(arms), width=9.5, height=3.4)
     for ax, arm, color in zip(panels, arms, COLORS[1:], strict=False):
         row = next(row for row in read_rows(found[arm][seed]) if row["item"] == item)
         counts = Counter(word for text in row["outputs"] for word in set(words(text)))

@@ -25,7 +25,6 @@ from shared.experiments import Run, UserError
 from shared.generation import SamplingParams, load_sampler
 from shared.rewards.contract import Completions, checked, texts
 from shared.rewards.format import JSONReward, parse_attributes
-from shared.training.pairs import Pool
 from shared.training.starting_policy import measured, sft, starting_policy
 
 if TYPE_CHECKING:
@@ -181,12 +180,12 @@ def unique_attributes(valid: Sequence[dict[str, str]], first: int) -> dict[str, 
     return {"unique": float(np.mean(list(shares.values()))), **shares}
 
 
-def rollout_diversity(config: Config, pools: Sequence[Pool]) -> float | None:
-    """Diversity of a training step's samples: for persona the mean share of unique values among its first valid ones
-    (None if there are too few), otherwise the mean number of unique words of a prompt."""
+def rollout_diversity(config: Config, samples: Sequence[Sequence[str]]) -> float | None:
+    """Diversity of a training step's samples, a list for each prompt: for persona the mean share of unique values among
+    the first valid ones (None if there are too few), otherwise the mean number of unique words of a prompt."""
     if config.task != "persona":
-        return float(np.mean([unique_words([c.text for c in pool.completions]) for pool in pools]))
-    valid = attributes_of([c.text for pool in pools for c in pool.completions])
+        return float(np.mean([unique_words(of_prompt) for of_prompt in samples]))
+    valid = attributes_of([text for of_prompt in samples for text in of_prompt])
     if len(valid) < config.unique_first:
         return None
     return unique_attributes(valid[: config.unique_first], config.unique_first)["unique"]

@@ -1,4 +1,5 @@
-"""The trainer of every arm: DPO on its own samples, with pairs that are selected for all prompts at once."""
+"""The trainer of every arm but GRPO's: DPO on its own samples, with pairs that are selected for all prompts at once.
+And, for GRPO, a reward that logs what this trainer logs."""
 
 from __future__ import annotations
 
@@ -11,8 +12,9 @@ import numpy as np
 from papers.divpo.config import Config
 from papers.divpo.method import all_equal, rewards_of
 from papers.divpo.tasks import rollout_diversity
+from shared.rewards.contract import Completions, checked, texts
 from shared.training.pairs import Pairs, Pool
-from shared.training.preference import PreferenceTrainer
+from shared.training.preference import PreferenceTrainer, Reward
 
 
 class DivPOTrainer(PreferenceTrainer):
@@ -43,5 +45,32 @@ class DivPOTrainer(PreferenceTrainer):
         super()._log_rollouts(pools)
         metrics = self._metrics["train"]
         metrics["rollout/equal"].append(float(np.mean(all_equal(rewards_of(pools)))))
-        if (unique := rollout_diversity(self.config, pools)) is not None:
+        samples = [[c.text for c in pool.completions] for pool in pools]
+        if (unique := rollout_diversity(self.config, samples)) is not None:
             metrics["rollout/unique"].append(unique)
+
+
+class LoggedReward:
+    """`reward` for `GRPOTrainer`, with rollout/reward, rollout/equal and rollout/unique logged as in `DivPOTrainer`.
+
+    The `config.num_generations` completions of a prompt must stand next to each other.
+    """
+
+    __name__ = "logged_reward"
+
+    def __init__(self, reward: Reward, config: Config):
+        self.reward, self.config = reward, config
+
+    def __call__(self, prompts: Sequence, completions: Completions, log_metric, **columns) -> list[float | None]:
+        rewards = self.reward(prompts=prompts, completions=completions, log_metric=log_metric, **columns)
+        rewards = checked(rewards, len(completions), getattr(self.reward, "__name__", "the reward"))
+        n = self.config.num_generations
+        rewards_PN = np.array(rewards, dtype=float).reshape(-1, n)  # None becomes NaN
+        if not np.isnan(rewards_PN).all():
+            log_metric("rollout/reward", float(np.nanmean(rewards_PN)))
+        log_metric("rollout/equal", float(np.mean(all_equal(rewards_PN))))
+        found = texts(completions)
+        samples = [found[start : start + n] for start in range(0, len(found), n)]
+        if (unique := rollout_diversity(self.config, samples)) is not None:
+            log_metric("rollout/unique", unique)
+        return rewards

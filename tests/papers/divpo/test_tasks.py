@@ -68,11 +68,9 @@ def test_rollout_diversity():
         '{ "first_name": "A" , "city": "B" , "occupation": "C" }',
         '{ "first_name": "D" , "city": "B" , "occupation": "C" }',
     ]
-    assert rollout_diversity(Config(unique_first=2), [pool_of(good[0], "junk"), pool_of(good[1])]) == pytest.approx(
-        2 / 3
-    )
-    assert rollout_diversity(Config(unique_first=3), [pool_of(*good)]) is None
-    assert rollout_diversity(Config(task="keywords"), [pool_of("a b", "b c"), pool_of("d", "d")]) == 2.0
+    assert rollout_diversity(Config(unique_first=2), [[good[0], "junk"], [good[1]]]) == pytest.approx(2 / 3)
+    assert rollout_diversity(Config(unique_first=3), [good]) is None
+    assert rollout_diversity(Config(task="keywords"), [["a b", "b c"], ["d", "d"]]) == 2.0
 
 
 def test_gated_reward_asks_only_about_answers_of_the_right_length():
@@ -129,6 +127,7 @@ def test_the_criterion_of_personas_ignores_the_keys():
         ({"task": "story"}, "task: 'story' is not one of persona, keywords, instruct"),
         ({"criterion": "novelty"}, "criterion: 'novelty' is not one of"),
         ({"rho": 0.6}, "rho: 0.6 is not between 0 and 0.5"),
+        ({"method": "grpo", "online": False}, "method grpo needs online: true"),
         ({"num_generations": 1}, "at least 2 samples"),
         ({"criterion": "llm"}, "criterion llm needs a judge_model"),
         ({"task": "instruct"}, "needs model and reward_model"),

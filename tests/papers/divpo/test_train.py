@@ -175,6 +175,95 @@ def test_equal_rewards_are_counted(small, policies, make_run):
     assert 0 < equal[0] < 1
 
 
+# ---- GRPO ----
+
+
+def make_grpo(config: Config, run, start):
+    from papers.divpo.train import make_trainer as make
+    from shared.training.runs import load_policy
+
+    return make(config, run, *load_policy(start))
+
+
+def test_trl_settings_of_grpo_are_dapo_with_the_groups_standard_deviation(small, make_run):
+    """The loss is Eq. 6 of DARLING (tests/shared/training/test_grpo.py), with advantages as in its Eq. 3."""
+    config = small(method="grpo", prompts_per_step=8, micro_batch_size=2, max_new_tokens=9, beta=0.7)
+    found = trainer_config(config, make_run())
+    assert (found.loss_type, found.scale_rewards, found.num_iterations) == ("dapo", "group", 1)
+    assert found.beta == 0  # `beta` is DPO's
+    assert (found.per_device_train_batch_size, found.gradient_accumulation_steps) == (2 * 6, 4)
+    assert found.generation_batch_size == 8 * 6  # all of a step is sampled from the policy before it
+    assert (found.temperature, found.top_p, found.top_k, found.max_completion_length) == (1, 1, 0, 9)
+
+
+@pytest.mark.parametrize("scale", ["tiny", "gpu", "paper"])
+@pytest.mark.parametrize("task", ["persona", "keywords"])
+def test_grpo_has_the_budget_of_online_dpo(scale, task):
+    grpo, dpo = at_scale(scale, f"{task}_grpo"), at_scale(scale, f"{task}_dpo")
+    for name in ("steps", "prompts_per_step", "num_generations", "max_new_tokens", "online", "train_prompts", "model"):
+        assert getattr(grpo, name) == getattr(dpo, name), name
+
+
+def test_grpo_meets_the_prompts_of_dpo(small, policies, make_run):
+    config = small(task="keywords", steps=12, prompts_per_step=4, micro_batch_size=2)
+    rows = load_rows(config, "train")
+    assert len(rows) < 12 * 4  # some a second time
+    dpo = make_trainer(config, make_run(), policies["keywords"])
+    expected = [rows[i]["item"] for step in range(config.steps) for i in dpo.rows_at(step)]
+    grpo = make_grpo(small(**{**vars(config), "method": "grpo"}), make_run(name="grpo"), policies["keywords"])
+    # TRL's loader repeats the batch of a step for each of its backward passes.
+    batches = list(grpo.get_train_dataloader())[:: grpo.args.steps_per_generation]
+    found = [row["item"] for batch in batches for row in batch]
+    assert found[:: config.num_generations] == expected
+    assert found == [item for item in expected for _ in range(config.num_generations)]
+
+
+@pytest.mark.parametrize("task", ["persona", "keywords"])
+def test_grpo_logs_and_returns_what_the_other_arms_do(task, small, make_run):
+    run = make_run(arm=f"{task}_grpo")
+    metrics = train(small(task=task, method="grpo", micro_batch_size=2), run)
+    rows = files.read_jsonl(run.dir / "log.jsonl")
+    assert len(rows) == metrics["steps"] == 3
+    for row in rows:  # against TRL's own numbers
+        assert row["rollout/reward"] == pytest.approx(row["reward"], abs=1e-5)
+        assert row["rollout/equal"] == pytest.approx(row["frac_reward_zero_std"], abs=1e-5)
+        assert row["rollout/unique"] > 0
+    assert metrics["reward"] == pytest.approx(np.mean([row["reward"] for row in rows]), abs=1e-5)
+    assert metrics["truncated"] == pytest.approx(np.mean([row["completions/clipped_ratio"] for row in rows]), abs=1e-5)
+    assert evaluate(small(task=task), make_run("eval", arm=f"{task}_grpo"))["valid"] > 0
+
+
+def test_grpo_learns_nothing_where_all_samples_are_valid(small, policies, make_run):
+    """1, like 0, is its group's mean exactly; of .3 the mean differs by rounding, and Adam takes steps of full size."""
+    from shared.training.runs import fit
+
+    run = make_run()
+    trainer = make_grpo(small(method="grpo", steps=2), run, policies["persona"])
+    trainer.reward_funcs[0].reward = lambda prompts, completions, **columns: [1.0] * len(completions)
+    before = weights(trainer.model)
+    fit(trainer, run)
+    assert torch.equal(weights(trainer.model), before)
+
+
+def test_the_logged_reward_is_the_reward(small):
+    from papers.divpo.trainer import LoggedReward
+
+    logged = {}
+    values = [1.0, None, 3.0, 2.0, 2.0, None]
+    reward = LoggedReward(lambda prompts, completions, **columns: values, small(task="keywords", num_generations=3))
+    found = reward(["p"] * 6, ["a b", "b", "c", "d d", "d", "d"], log_metric=logged.__setitem__, topic=["t"] * 6)
+    assert found == values
+    assert logged == {"rollout/reward": 2.0, "rollout/equal": 0.5, "rollout/unique": 2.0}
+
+
+def test_a_logged_reward_that_is_not_a_number_stops_training(small):
+    from papers.divpo.trainer import LoggedReward
+
+    reward = LoggedReward(lambda prompts, completions, **columns: [1.0, float("nan")], small(num_generations=2))
+    with pytest.raises(ValueError, match="nan for row 1"):
+        reward(["p"] * 2, ["a", "b"], log_metric=print)
+
+
 # ---- bad input ----
 
 
@@ -243,7 +332,16 @@ def small_paper(chat_models, armo_checkpoint, reward_checkpoint, wildchat):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "arm", ["persona_divpo", "persona_sft", "keywords_divpo", "keywords_divpo_judge", "instruct_divpo"]
+    "arm",
+    [
+        "persona_divpo",
+        "persona_sft",
+        "persona_grpo",
+        "keywords_divpo",
+        "keywords_divpo_judge",
+        "keywords_grpo",
+        "instruct_divpo",
+    ],
 )
 def test_the_papers_scale_runs_on_small_checkpoints(arm, small_paper, make_run):
     config = small_paper(arm)
@@ -265,7 +363,7 @@ def test_the_papers_scale_runs_on_small_checkpoints(arm, small_paper, make_run):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arm", ["persona_divpo_all_equal", "keywords_divpo_quantile"])
+@pytest.mark.parametrize("arm", ["persona_divpo_all_equal", "keywords_divpo_quantile", "keywords_grpo"])
 def test_the_gpu_scale_runs_when_it_is_small(arm, make_run):
     config = at_scale("gpu", arm, **SMALL, matched_unique=0)
     train(config, make_run(arm=arm, scale="gpu"))
@@ -286,18 +384,21 @@ from papers.divpo.config import Config
 torch.set_num_threads(1)
 torch.manual_seed(0)
 runs.fit = functools.partial(runs.fit, save_every=0)  # as often as the time that saving takes allows
-run = Run(pathlib.Path(sys.argv[1]), "divpo", "tiny", "persona_divpo", 0, "train", "key")
+method = sys.argv[2]
+run = Run(pathlib.Path(sys.argv[1]), "divpo", "tiny", f"persona_{method}", 0, "train", "key")
 run.dir.mkdir(parents=True, exist_ok=True)
 run.begin()
-config = Config(**{**SMALL, "sft_steps": 60, "least_competence": 0.0, "steps": 30, "lr": 1e-3})
+sizes = {"sft_steps": 60, "least_competence": 0.0, "steps": 30, "lr": 1e-3}
+config = Config(**{**SMALL, **sizes, "method": method})
 run.finish(train(config, run), config)
 """
 
 
 @pytest.mark.slow
-def test_killed_training_ends_as_if_nothing_had_happened(tmp_path):
+@pytest.mark.parametrize("method", ["divpo", "grpo"])
+def test_killed_training_ends_as_if_nothing_had_happened(method, tmp_path):
     def start(directory):
-        command = [sys.executable, "-c", SCRIPT, str(directory)]
+        command = [sys.executable, "-c", SCRIPT, str(directory), method]
         return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
 
     through, killed = tmp_path / "through", tmp_path / "killed"
@@ -314,7 +415,7 @@ def test_killed_training_ends_as_if_nothing_had_happened(tmp_path):
         assert process.wait() == 0, process.stderr.read()
 
     rows = [files.read_jsonl(directory / "log.jsonl") for directory in (through, killed)]
-    names = ("step", "loss", "rollout/reward", "rollout/unique", "rollout/usable", "rollout/entropy")
+    names = ("step", "loss", "rollout/reward", "rollout/unique", "rollout/usable", "rollout/entropy", "entropy")
     logged = [[[row.get(name) for name in names] for row in of_run] for of_run in rows]
     assert logged[0] == logged[1]
     assert len(rows[0]) == 30
