@@ -46,8 +46,10 @@ def make_trainer(config: Config, run: Run, model, tokenizer):
     reward = load_trained_reward(config, run)[0] if config.reward_model_learned else load_reward(config)
     if config.method == "grpo":
         from papers.divpo.trainer import LoggedReward
-        from shared.training.grpo import GRPOTrainer, prompt_stream
+        from shared.training.grpo import GRPOTrainer, prompt_lengths, prompt_stream
 
+        if arguments.use_vllm:  # its cache need not hold the model's whole context
+            arguments.vllm_max_model_length = max(prompt_lengths(rows, tokenizer)) + config.max_new_tokens
         stream = prompt_stream(rows, config.steps * config.prompts_per_step, run.seed)
         watched = LoggedReward(reward, config)
         return GRPOTrainer(model, watched, arguments, train_dataset=stream, processing_class=tokenizer)

@@ -80,15 +80,11 @@ def fitting_rows(rows: Sequence[Mapping[str, Any]], tokenizer, max_tokens: int) 
     says on stderr how many are left out. Raises ValueError if none is left."""
     if not rows:
         raise ValueError("there are no prompts")
-    if isinstance(rows[0]["prompt"], str):
-        ids = tokenizer([row["prompt"] for row in rows])["input_ids"]
-    else:
-        conversations = [row["prompt"] for row in rows]
-        ids = tokenizer.apply_chat_template(conversations, add_generation_prompt=True, return_dict=True)["input_ids"]
-    kept = [row for row, tokens in zip(rows, ids, strict=True) if len(tokens) <= max_tokens]
+    lengths = prompt_lengths(rows, tokenizer)
+    kept = [row for row, length in zip(rows, lengths, strict=True) if length <= max_tokens]
     if not kept:
         raise ValueError(
-            f"each of the {len(rows)} prompts has more than {max_tokens} tokens; the shortest: {min(map(len, ids))}"
+            f"each of the {len(rows)} prompts has more than {max_tokens} tokens; the shortest: {min(lengths)}"
         )
     if len(kept) < len(rows):
         print(
@@ -96,6 +92,16 @@ def fitting_rows(rows: Sequence[Mapping[str, Any]], tokenizer, max_tokens: int) 
             file=sys.stderr,
         )
     return kept
+
+
+def prompt_lengths(rows: Sequence[Mapping[str, Any]], tokenizer) -> list[int]:
+    """Tokens of each row's prompt, rendered with the chat template if it is a conversation."""
+    prompts = [row["prompt"] for row in rows]
+    if all(isinstance(prompt, str) for prompt in prompts):
+        ids = tokenizer(prompts)["input_ids"]
+    else:
+        ids = tokenizer.apply_chat_template(prompts, add_generation_prompt=True, return_dict=True)["input_ids"]
+    return [len(tokens) for tokens in ids]
 
 
 def _padded(rows: Sequence[Sequence[int]], value: int, side: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -381,6 +382,9 @@ class VLLMGenerator:
 
     vLLM draws from random numbers of its own: repeating a run does not repeat its samples. After a kill the engine
     gets the resumed policy's weights, so the rest of an interval is sampled from a fresher policy.
+
+    The engine gets room for the longest prompt and sample, not for the model's whole context: the cache of Llama 3.1's
+    131,072 positions alone would take 16 GiB.
     """
 
     model = None
@@ -390,6 +394,7 @@ class VLLMGenerator:
 
         args = trainer.args
         self.tokenizer = trainer.processing_class
+        lengths = [len(trainer._encode(row, f"row {index}")) for index, row in enumerate(trainer.rows)]
         self.engine = VLLMGeneration(
             model=trainer.model,
             accelerator=trainer.accelerator,
@@ -401,6 +406,7 @@ class VLLMGenerator:
             temperature=args.temperature,
             top_p=args.top_p,
             max_completion_length=args.max_new_tokens,
+            max_model_length=min(max(lengths) + args.max_new_tokens, trainer._limits[1] or math.inf),
             logprobs=0,
         )
 

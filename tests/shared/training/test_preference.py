@@ -388,11 +388,12 @@ def test_failures_of_the_reward_are_in_the_log(make):
 
 def test_vllm_samples_go_through_the_same_path(make, monkeypatch):
     """TRL's engine replaced by one that answers from a list: prompts repeated N times, weights pushed at copies."""
-    calls = []
+    calls, lengths = [], []
 
     class Engine:
         def __init__(self, **options):
             calls.append(("made", options["mode"], options["max_completion_length"], options["logprobs"]))
+            lengths.append(options["max_model_length"])
 
         def sync_weights(self):
             calls.append("sync")
@@ -407,6 +408,7 @@ def test_vllm_samples_go_through_the_same_path(make, monkeypatch):
     trainer = make(use_vllm=True, sync_steps=3)
     trainer.train()
     assert calls == [("made", "colocate", 3, 0), "sync", 3 * B * N, "sync", 3 * B * N, "sync", B * N]
+    assert lengths == [max(len(trainer._encode(row, "")) for row in trainer.rows) + 3]
     rows = [row for row in trainer.state.log_history if "loss" in row]
     assert rows[0]["rollout/truncated"] == pytest.approx(0.5)
     assert rows[0]["rollout/entropy"] == pytest.approx(0.5)
