@@ -36,6 +36,39 @@ def test_convolution_by_panels_of_columns(shape):
         torch.testing.assert_close(mta_chunked.convolve_rows(x, kernel, shape[0] - 1 - above), whole[:, :, above:])
 
 
+@pytest.mark.parametrize("names", COMBINATIONS, ids="+".join)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_what_is_hidden_may_be_infinite_or_nan(case, names, dtype, small_blocks):
+    """A key's products overflow with all queries but those that see it: the last, or those of its own document."""
+    segments = torch.tensor([[0] * 4 + [5] * 9])
+    large = torch.finfo(dtype).max / 8
+    for options, key, seeing in (({}, 12, slice(12, 13)), ({"segment_ids": segments}, 1, slice(4))):
+        x = case(names, B=1, T=13, D=4, **options)
+        q, k, v = (0.1 * tensor for tensor in x.qkv)
+        k[..., :2], q[..., :2] = 0, 100
+        q[:, :, seeing, :2] = 0
+        k[:, :, key, 0] = large  # infinite
+        k[:, ::2, key, 1] = -3 * large  # minus infinity in float16, inf - inf = NaN in float32
+        x = type(x)((q, k, v), x.kernels, x.options).to(dtype)
+        scores = x.qkv[0] @ x.qkv[1].repeat_interleave(2, dim=1).mT
+        assert (~scores.isfinite()).sum() == 4 * (13 - len(range(13)[seeing]))
+        got, expected = x.run("chunked"), x.run("reference")
+        assert all(tensor.isfinite().all() for tensor in expected.values())
+        tolerance = 3e-2 if dtype == torch.float16 else 1e-5
+        torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
+
+
+def test_filled_is_masked_fill():
+    x = torch.tensor([[1.0, torch.inf, torch.nan, -torch.inf, -0.0], [2, 3, -4, 5, 6]], dtype=torch.float64)
+    where = torch.tensor([[False, True, True, True, False], [True, False, False, True, False]])
+    for dtype, value in itertools.product((torch.float32, torch.float64), (0.0, -torch.inf, 2.5)):
+        heads = x.to(dtype).expand(3, 2, 5).clone().requires_grad_()
+        got, expected = mta_chunked.filled(heads, where, value), heads.masked_fill(where, value)
+        assert torch.equal(got, expected)
+        grads = torch.full_like(got, torch.inf)
+        assert torch.equal(*(torch.autograd.grad(y, heads, grads, retain_graph=True)[0] for y in (got, expected)))
+
+
 def test_frozen_inputs_get_no_gradient(case, small_blocks):
     x = case(SWITCHES)
     q, k, v = (t.clone() for t in x.qkv)
