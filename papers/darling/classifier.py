@@ -145,12 +145,13 @@ def train_classifier(
     """Fine-tunes a two-label sequence classifier in place: cross entropy weighted by total/count of each label.
 
     Args:
-        directory: for the trainer's own files.
+        directory: for the trainer's own files; nothing stays there.
         options: of transformers' TrainingArguments (steps, batch size, learning rate, seed, ...).
     """
     import torch
     from transformers import Trainer, TrainingArguments
-    from transformers.trainer_callback import PrinterCallback
+
+    from shared.training.runs import plain_options, train_whole
 
     ids = encode_pairs([(a, b) for a, b, _ in pairs], tokenizer, max_tokens=10**9)
     labels = [label for *_, label in pairs]
@@ -164,19 +165,9 @@ def train_classifier(
     def loss(outputs, labels, num_items_in_batch=None):
         return torch.nn.functional.cross_entropy(outputs.logits, labels, weight=weights.to(labels.device))
 
-    arguments = TrainingArguments(
-        output_dir=str(directory),
-        remove_unused_columns=False,
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
-        use_cpu=not torch.cuda.is_available(),
-        **options,
-    )
+    arguments = TrainingArguments(**plain_options(directory, **options))
     rows = [{"ids": row, "labels": label} for row, label in zip(ids, labels, strict=True)]
-    trainer = Trainer(model, arguments, train_dataset=rows, data_collator=collator, compute_loss_func=loss)
-    trainer.remove_callback(PrinterCallback)
-    trainer.train()
+    train_whole(Trainer(model, arguments, train_dataset=rows, data_collator=collator, compute_loss_func=loss))
 
 
 def ngram_similarity(pairs: Sequence[Pair], n: int = 4) -> np.ndarray:

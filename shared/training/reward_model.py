@@ -9,7 +9,6 @@ What `directory` holds then is an ordinary checkpoint, which `shared.rewards.rew
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -46,37 +45,18 @@ def train_reward_model(
     Raises UserError naming the comparison for one that has twice the same completion (nothing can be learned from it;
     leave those out), does not fit into the model's context, or ends with the padding token; and if there is none.
     """
-    import torch
     from datasets import Dataset
-    from transformers.trainer_callback import PrinterCallback
     from trl import RewardConfig, RewardTrainer
 
-    options = RewardConfig(
-        output_dir=str(directory / "trainer"),
-        max_steps=steps,
-        per_device_train_batch_size=batch_size,
-        learning_rate=lr,
-        lr_scheduler_type="cosine",
-        warmup_steps=warmup_steps,
-        seed=seed,
-        use_cpu=not torch.cuda.is_available(),
-        bf16=False,
-        gradient_checkpointing=False,
-        max_length=None,
-        logging_steps=max(1, steps // 10),
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        remove_unused_columns=False,
-    )
+    from shared.training.runs import cosine_options, train_whole
+
+    schedule = {"steps": steps, "batch_size": batch_size, "lr": lr, "warmup_steps": warmup_steps, "seed": seed}
+    options = RewardConfig(**cosine_options(directory / "trainer", **schedule, max_length=None))
     table = Dataset.from_dict(encode(comparisons, tokenizer, model.config))
-    trainer = RewardTrainer(model, options, train_dataset=table, processing_class=tokenizer)
-    trainer.remove_callback(PrinterCallback)
-    trainer.train()
-    shutil.rmtree(directory / "trainer", ignore_errors=True)
+    losses = train_whole(RewardTrainer(model, options, train_dataset=table, processing_class=tokenizer))
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
-    return [row["loss"] for row in trainer.state.log_history if "loss" in row][-1]
+    return losses[-1]
 
 
 def encode(comparisons: Sequence[Comparison], tokenizer, config) -> dict[str, list[list[int]]]:

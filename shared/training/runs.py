@@ -23,16 +23,22 @@ WIDEST_TILE = trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE
 def trainer_options(run: Run, **options: Any) -> dict[str, Any]:
     """Keyword arguments for any config of transformers or TRL; `options` are added to them or replace them.
 
-    Float32 without gradient checkpointing (TRL's defaults are bf16 with it) on whatever device there is, a log row at
-    each step, no reports to other services, no checkpoints but those of `fit`.
+    Those of `plain_options`, with the run's seed and a log row at each step; `fit` makes the checkpoints.
+    """
+    return plain_options(run.dir / TRAINER, **{"seed": run.seed, "logging_steps": 1, **options})
+
+
+def plain_options(directory: Path, **options: Any) -> dict[str, Any]:
+    """Keyword arguments for any config of transformers or TRL; `options` are added to them or replace them.
+
+    Float32 without gradient checkpointing (TRL's defaults are bf16 with it) on whatever device there is, no reports to
+    other services, no checkpoints.
     """
     return {
-        "output_dir": str(run.dir / TRAINER),
+        "output_dir": str(directory),
         "use_cpu": not torch.cuda.is_available(),
         "bf16": False,
         "gradient_checkpointing": False,
-        "seed": run.seed,
-        "logging_steps": 1,
         "save_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,
@@ -40,6 +46,35 @@ def trainer_options(run: Run, **options: Any) -> dict[str, Any]:
         "dataloader_pin_memory": torch.cuda.is_available(),
         **options,
     }
+
+
+def cosine_options(
+    directory: Path, *, steps: int, batch_size: int, lr: float, warmup_steps: int, seed: int, **options: Any
+) -> dict[str, Any]:
+    """`plain_options` of what is trained before the arms part (`train_whole`): cosine schedule, and a log row for each
+    tenth of the steps."""
+    return plain_options(
+        directory,
+        max_steps=steps,
+        per_device_train_batch_size=batch_size,
+        learning_rate=lr,
+        lr_scheduler_type="cosine",
+        warmup_steps=warmup_steps,
+        seed=seed,
+        logging_steps=max(1, steps // 10),
+        **options,
+    )
+
+
+def train_whole(trainer: Trainer) -> list[float]:
+    """`trainer.train()` from beginning to end, outside of any run's log; nothing stays in its output directory.
+
+    Returns: the loss of each row of its log, a mean over `logging_steps`.
+    """
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    shutil.rmtree(trainer.args.output_dir, ignore_errors=True)
+    return [row["loss"] for row in trainer.state.log_history if "loss" in row]
 
 
 def fit_tiles(model: PreTrainedModel) -> None:

@@ -101,12 +101,10 @@ def sft(
 
     Returns: the mean loss over the last tenth of the steps, in nats per token.
     """
-    import torch
     from datasets import Dataset
-    from transformers.trainer_callback import PrinterCallback
     from trl import SFTConfig, SFTTrainer
 
-    from shared.training.runs import fit_tiles
+    from shared.training.runs import cosine_options, fit_tiles, train_whole
 
     prompts = tokenizer([prompt for prompt, _ in examples], return_attention_mask=False)["input_ids"]
     completions = tokenizer([completion for _, completion in examples], return_attention_mask=False)["input_ids"]
@@ -115,29 +113,11 @@ def sft(
         "input_ids": [p + c + eos for p, c in zip(prompts, completions, strict=True)],
         "labels": [[-100] * len(p) + c + eos for p, c in zip(prompts, completions, strict=True)],
     }
+    schedule = {"steps": steps, "batch_size": batch_size, "lr": lr, "warmup_steps": warmup_steps, "seed": seed}
     options = SFTConfig(
-        output_dir=str(directory / "sft"),
-        max_steps=steps,
-        per_device_train_batch_size=batch_size,
-        learning_rate=lr,
-        lr_scheduler_type="cosine",
-        warmup_steps=warmup_steps,
-        weight_decay=weight_decay,
-        seed=seed,
-        use_cpu=not torch.cuda.is_available(),
-        bf16=False,
-        gradient_checkpointing=False,
-        max_length=None,
+        **cosine_options(directory / "sft", **schedule, weight_decay=weight_decay, max_length=None),
         dataset_kwargs={"skip_prepare_dataset": True},
-        remove_unused_columns=False,
-        logging_steps=max(1, steps // 10),
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
     )
     trainer = SFTTrainer(model, options, train_dataset=Dataset.from_dict(rows), processing_class=tokenizer)
     fit_tiles(model)
-    trainer.remove_callback(PrinterCallback)
-    trainer.train()
-    shutil.rmtree(directory / "sft", ignore_errors=True)
-    return [row["loss"] for row in trainer.state.log_history if "loss" in row][-1]
+    return train_whole(trainer)[-1]

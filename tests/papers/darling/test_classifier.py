@@ -156,7 +156,8 @@ def test_training_finds_the_relation(tmp_path):
     before = held_out_scores(PairClassifier((model, tokenizer), max_tokens=16), groups[250:], meaning)
     pairs = labelled_pairs(groups[:250], meaning, rng, noise=0.0)
     options = {"max_steps": 300, "per_device_train_batch_size": 64, "learning_rate": 3e-3, "seed": 0}
-    train_classifier(model, tokenizer, pairs, directory=tmp_path, options=options)
+    train_classifier(model, tokenizer, pairs, directory=tmp_path / "trainer", options=options)
+    assert not list(tmp_path.iterdir())
     after = held_out_scores(PairClassifier((model, tokenizer), max_tokens=16), groups[250:], meaning)
     assert before["balanced_accuracy"] < 0.75
     assert after["balanced_accuracy"] > 0.9

@@ -2,9 +2,29 @@
 
 import pytest
 import torch
+import transformers
 import trl.trainer.utils
 
-from shared.training.runs import WIDEST_TILE, fit_tiles
+from shared.training.runs import WIDEST_TILE, cosine_options, fit_tiles, plain_options, trainer_options
+
+
+@pytest.mark.parametrize("kind", [transformers.TrainingArguments, trl.SFTConfig, trl.RewardConfig, trl.DPOConfig])
+def test_options_fit_every_config(kind, make_run, tmp_path):
+    """Whatever the kind, float32 and nothing written or reported; what is given replaces what is by default."""
+    run = make_run()
+    schedule = {"steps": 25, "batch_size": 4, "lr": 0.1, "warmup_steps": 3, "seed": 7}
+    for options, seed, rows_each in (
+        (trainer_options(run), run.seed, 1),
+        (trainer_options(run, seed=5, logging_steps=4), 5, 4),
+        (plain_options(tmp_path, seed=6, logging_steps=9), 6, 9),
+        (cosine_options(tmp_path, **schedule), 7, 2),
+    ):
+        config = kind(**options)
+        assert (config.bf16, config.fp16, config.gradient_checkpointing) == (False, False, False)
+        assert (config.save_strategy, config.report_to) == ("no", [])
+        assert (config.seed, config.logging_steps) == (seed, rows_each)
+    assert (config.max_steps, config.per_device_train_batch_size, config.learning_rate) == (25, 4, 0.1)
+    assert (config.lr_scheduler_type, config.warmup_steps) == ("cosine", 3)
 
 
 @pytest.fixture
