@@ -66,14 +66,8 @@ class RewardModel:
     def _encode(self, prompts: Sequence, completions: Completions) -> list[list[int]]:
         """Token ids; raises UserError naming a row that is empty or does not fit into the model's context."""
         context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        encoded = []
-        for row, (prompt, text) in enumerate(zip(prompts, texts(completions), strict=True)):
-            if isinstance(prompt, str):
-                ids = self.tokenizer(prompt + text + self.ending)["input_ids"]
-            else:
-                messages = [*prompt, {"role": "assistant", "content": text}]
-                rendered = self.tokenizer.apply_chat_template(messages, tokenize=False) + self.ending
-                ids = self.tokenizer(rendered, add_special_tokens=False)["input_ids"]
+        encoded = token_ids(self.tokenizer, prompts, texts(completions), self.ending)
+        for row, ids in enumerate(encoded):
             if not ids:
                 raise UserError(f"row {row}: prompt and completion are empty, there is nothing to score")
             if context is not None and len(ids) > context:
@@ -81,7 +75,6 @@ class RewardModel:
                     f"row {row}: {len(ids)} tokens do not fit into the reward model's context of {context}; "
                     "lower the limits of prompt and completion"
                 )
-            encoded.append(ids)
         return encoded
 
     def _scores(self, rows: Sequence[list[int]]) -> list[float]:
@@ -98,3 +91,25 @@ class RewardModel:
         with torch.inference_mode():
             logits_B1 = self.model(ids_BT.to(self.device), attention_mask=mask_BT.to(self.device)).logits
         return logits_B1[:, 0].float().tolist()
+
+
+def token_ids(tokenizer, prompts: Sequence, completions: Sequence[str], ending: str = "") -> list[list[int]]:
+    """Token ids of each prompt with its completion: text is joined as it is, and gets the tokenizer's special tokens; a
+    conversation is rendered with the chat template, which writes its own.
+
+    All rows in one call of the tokenizer, or two where there are both kinds: a call costs as much as several rows.
+    """
+    encoded: list[list[int]] = [[]] * len(prompts)
+    for chat in (False, True):
+        rows = [row for row, prompt in enumerate(prompts) if isinstance(prompt, str) != chat]
+        if not rows:
+            continue
+        if chat:
+            conversations = [[*prompts[row], {"role": "assistant", "content": completions[row]}] for row in rows]
+            joined = tokenizer.apply_chat_template(conversations, tokenize=False)
+        else:
+            joined = [prompts[row] + completions[row] for row in rows]
+        found = tokenizer([text + ending for text in joined], add_special_tokens=not chat)["input_ids"]
+        for row, ids in zip(rows, found, strict=True):
+            encoded[row] = ids
+    return encoded

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from shared.experiments.errors import UserError
+from shared.rewards.reward_model import token_ids
 
 Comparison = tuple[str | Sequence[Mapping], str, str]
 """(prompt, chosen completion, rejected completion); the prompt is text, or chat messages."""
@@ -69,7 +70,7 @@ def encode(comparisons: Sequence[Comparison], tokenizer, config) -> dict[str, li
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
     columns = {}
     for k, name in ((1, "chosen_ids"), (2, "rejected_ids")):
-        columns[name] = _ids(tokenizer, [pair[0] for pair in comparisons], [pair[k] for pair in comparisons])
+        columns[name] = token_ids(tokenizer, [pair[0] for pair in comparisons], [pair[k] for pair in comparisons])
         for i, ids in enumerate(columns[name]):
             if not ids:
                 raise UserError(f"comparison {i}: prompt and completion are empty")
@@ -78,16 +79,6 @@ def encode(comparisons: Sequence[Comparison], tokenizer, config) -> dict[str, li
             if ids[-1] == tokenizer.pad_token_id:  # decoders read their score at the last other token
                 raise UserError(f"comparison {i} ends with the padding token; give the tokenizer another pad_token")
     return columns
-
-
-def _ids(tokenizer, prompts: Sequence, completions: Sequence[str]) -> list[list[int]]:
-    if isinstance(prompts[0], str):
-        return tokenizer([prompt + text for prompt, text in zip(prompts, completions, strict=True)])["input_ids"]
-    conversations = [
-        [*prompt, {"role": "assistant", "content": text}] for prompt, text in zip(prompts, completions, strict=True)
-    ]
-    rendered = tokenizer.apply_chat_template(conversations, tokenize=False)
-    return tokenizer(rendered, add_special_tokens=False)["input_ids"]
 
 
 def pair_accuracy(

@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from shared.experiments.errors import UserError
-from shared.rewards.reward_model import RewardModel
+from shared.rewards.reward_model import RewardModel, token_ids
+from tests.tiny_chat import chat_tokenizer
 
 TEXTS = ["ab", "", "é cd a", "hhhh ef. g", "a</s>", "ba"]
 
@@ -65,6 +66,38 @@ def test_conversations_are_rendered_and_the_ending_appended(reward):
         assert reward([chat] * 4, done) == pytest.approx(expected, abs=1e-5)
     finally:
         reward.ending = ""
+
+
+@pytest.mark.parametrize("family", ["characters", "llama", "qwen"])
+def test_rows_are_tokenised_together_as_each_would_be_alone(family, reward, monkeypatch):
+    """Text and conversations, empty and long rows, an ending; a tokenizer saved with padding and truncation."""
+    tokenizer = reward.tokenizer if family == "characters" else chat_tokenizer(family)
+    ending = tokenizer.special_tokens_map["eos_token"]
+    chat = [{"role": "user", "content": "p"}]
+    prompts = ["p: ", chat, "", chat, "p", "", [*chat, {"role": "assistant", "content": ""}, *chat]]
+    completions = ["a", "", "", "b " * 40, "b " * 40, " a\n", "ab"]
+
+    def alone(prompt, text, end):
+        if isinstance(prompt, str):
+            return tokenizer(prompt + text + end)["input_ids"]
+        rendered = tokenizer.apply_chat_template([*prompt, {"role": "assistant", "content": text}], tokenize=False)
+        return tokenizer(rendered + end, add_special_tokens=False)["input_ids"]
+
+    expected = {
+        end: [alone(prompt, text, end) for prompt, text in zip(prompts, completions, strict=True)]
+        for end in ("", ending)
+    }
+    assert len({len(ids) for ids in expected[""]}) > 3
+    tokenizer.backend_tokenizer.enable_padding(length=9)
+    tokenizer.backend_tokenizer.enable_truncation(5)
+    calls = []
+    batched = type(tokenizer).__call__
+    monkeypatch.setattr(type(tokenizer), "__call__", lambda *args, **kw: calls.append(1) or batched(*args, **kw))
+    for end, ids in expected.items():
+        assert token_ids(tokenizer, prompts, completions, end) == ids
+        assert token_ids(tokenizer, prompts[:1], completions[:1], end) == ids[:1]
+    assert len(calls) == 2 * (2 + 1)
+    assert token_ids(tokenizer, [], []) == []
 
 
 def test_rows_that_cannot_be_scored_are_named(reward):
