@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from shared.experiments.errors import UserError
-from shared.experiments.paper import load_paper, paper_names
+from shared.experiments.paper import load_paper, load_papers, paper_names
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -41,9 +41,13 @@ def report() -> int:
     from shared.experiments.publish import write_index
     from shared.experiments.site import write_site
 
-    papers = [load_paper(name, ROOT / "papers") for name in paper_names(ROOT / "papers")]
+    papers, broken = load_papers(ROOT / "papers")
     index = write_site(papers, ROOT / "report")
     print(index.relative_to(ROOT))
+    if broken:  # a table without them would look as if they did not exist
+        reasons = [f"error: {reason}" for reason in broken.values()]
+        print(*reasons, "papers/README.md is left as it is", sep="\n", file=sys.stderr)
+        return 2
     if write_index(ROOT / "papers"):
         print("papers/README.md: table of papers brought up to date")
     return 0

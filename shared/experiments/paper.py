@@ -225,6 +225,17 @@ def paper_names(papers: Path = PAPERS) -> list[str]:
     return sorted(path.parent.name for path in papers.glob("*/paper.yaml"))
 
 
+def load_papers(papers: Path = PAPERS) -> tuple[list[Paper], dict[str, str]]:
+    """All papers whose paper.yaml is in order, and for each of the others, by name, what is wrong with it."""
+    found, broken = [], {}
+    for name in paper_names(papers):
+        try:
+            found.append(load_paper(name, papers))
+        except UserError as error:
+            broken[name] = str(error)
+    return found, broken
+
+
 def _explain(path: Path, error: dict) -> str:
     key = ".".join(str(part) for part in error["loc"])
     where = f"{path}: {key}" if key else str(path)

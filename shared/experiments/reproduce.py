@@ -18,7 +18,7 @@ from rich.table import Table
 from shared.experiments import files, provenance
 from shared.experiments.errors import UserError, unknown
 from shared.experiments.keys import imported_modules, stage_key
-from shared.experiments.paper import ROOT, SCALES, Paper, load_paper, paper_names
+from shared.experiments.paper import ROOT, SCALES, Paper, load_paper, load_papers, paper_names
 from shared.experiments.progress import Display, duration
 from shared.experiments.resources import Resources, load_resources, slots, stage_command, visible_gpus
 from shared.experiments.run import EXIT_USER_ERROR, resolve_config, run_key
@@ -54,8 +54,7 @@ def main(argv: Sequence[str] | None = None, root: Path = ROOT) -> int:
     sys.path.insert(0, str(root))  # for papers.NAME.config
     try:
         if args.list:
-            show_list(root, console)
-            return 0
+            return show_list(root, console)
         with files.disk_full_explained(root / "runs"):
             if args.smoke:
                 return smoke(args, root, console)
@@ -348,14 +347,18 @@ def _shown(path: Path, root: Path) -> Path:
     return path.relative_to(root) if path.is_relative_to(root) else path
 
 
-def show_list(root: Path, console: Console) -> None:
-    """Papers, and for each scale the verdicts in papers/NAME/results/SCALE/results.json."""
+def show_list(root: Path, console: Console) -> int:
+    """Papers, and for each scale the verdicts in papers/NAME/results/SCALE/results.json. A paper.yaml that is
+    wrong is named with the reason, and makes the exit status that of a mistake."""
     scales = [scale for scale in SCALES if scale != "smoke"]
     table = Table("paper", "title", "arXiv", *scales)
-    for name in paper_names(root / "papers"):
-        paper = load_paper(name, root / "papers")
-        table.add_row(name, paper.title, paper.arxiv, *(_status(paper, scale) for scale in scales))
+    papers, broken = load_papers(root / "papers")
+    for paper in papers:
+        table.add_row(paper.name, paper.title, paper.arxiv, *(_status(paper, scale) for scale in scales))
     console.print(table)
+    for reason in broken.values():
+        print(f"error: {reason}", file=sys.stderr)
+    return EXIT_USER_ERROR if broken else 0
 
 
 def _status(paper: Paper, scale: str) -> str:

@@ -76,6 +76,19 @@ def test_finished_runs_are_published_and_shown(toy_repo):
     assert (toy_repo.root / "report/toy-tiny.html").is_file()
 
 
+def test_a_broken_paper_is_named_and_the_others_are_reported(toy_repo):
+    broken = toy_repo.root / "papers/broken/paper.yaml"
+    broken.parent.mkdir()
+    broken.write_text("name: broken\nseeds: 3\n")
+    readme = (toy_repo.root / "papers/README.md").read_text()
+    status, output = toy_repo.call("scripts/report.py")
+    assert status == 2, output
+    assert "papers/broken/paper.yaml: title: Field required" in output
+    assert "papers/broken/paper.yaml: seeds: Input should be a valid dictionary" in output
+    assert (toy_repo.root / "report/toy-tiny.html").is_file()
+    assert (toy_repo.root / "papers/README.md").read_text() == readme
+
+
 @pytest.mark.slow
 def test_what_cannot_be_made_again_is_not_published(toy_repo):
     def refused(**variables):

@@ -361,6 +361,26 @@ def test_list_shows_the_committed_verdicts(repo, here, capsys):
     assert cells == ["toy", "Toy", "0000.00000", "2 reproduced, 1 weak, 1 not testable here", "-", "no config"]
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "reason"),
+    [
+        ("title: Toy", "titel: Toy", "broken/paper.yaml: titel: unknown key"),
+        ("arms:", "arms: [", "broken/paper.yaml: not valid YAML"),
+        ("name: broken", "name: other", "broken/paper.yaml: name: 'other' must be the directory's name"),
+    ],
+)
+def test_a_broken_paper_is_named_and_the_others_are_there(repo, here, capsys, old, new, reason):
+    shutil.copytree(repo.toy, repo.root / "papers" / "broken")
+    path = repo.root / "papers" / "broken" / "paper.yaml"
+    path.write_text(path.read_text().replace("name: toy", "name: broken").replace(old, new))
+    assert here("--list") == 2
+    printed = capsys.readouterr()
+    assert [line.split()[1] for line in printed.out.splitlines() if "0000.00000" in line] == ["toy"]
+    assert reason in printed.err
+    assert here("--paper", "toy", "--arms", "none") == 2  # another paper's own mistakes are still what is reported
+    assert "unknown arm" in capsys.readouterr().err
+
+
 def test_nothing_heavy_is_imported_before_a_stage_runs(repo):
     code = "import sys, shared.experiments.reproduce as r; r.main(['--list']); "
     code += "sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'numpy', 'matplotlib')))"
