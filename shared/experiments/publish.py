@@ -31,7 +31,8 @@ def publish(paper: Paper, scale: str) -> Path:
     The claims are judged anew, by the paper.yaml of now.
 
     Raises:
-        UserError: something is missing or was made from other code or config; lists all of it.
+        UserError: something is missing or was made from other code or config (lists all of it), or `make reproduce` is
+            at work on it.
     """
     if scale not in JUDGED_SCALES:
         raise unknown("scale to publish", scale, JUDGED_SCALES)
@@ -62,8 +63,9 @@ def publish(paper: Paper, scale: str) -> Path:
             + "\n  ".join(objections)
             + f"\ncommit what is not, then `{command}` (what is done is not done again)"
         )
-    results = write_results(paper, scale, runs, seeds, arms, last["info"])
-    write_report(paper, results, runs)
+    with files.lock(runs):
+        results = write_results(paper, scale, runs, seeds, arms, last["info"])
+        write_report(paper, results, runs)
     target = published_dir(paper, scale)
     for old in target.glob("*.png"):
         if old.name not in {png.name for png in pngs}:

@@ -71,7 +71,16 @@ def main(argv: Sequence[str] | None = None, root: Path = ROOT) -> int:
 
 
 def reproduce(request: Request, console: Console) -> int:
-    """All of it for one paper at one scale."""
+    """All of it for one paper at one scale.
+
+    Raises:
+        UserError: another command is at it. Its runs may be others, but runs.json, figures and results are the same.
+    """
+    with files.lock(request.paper.runs(request.scale)):
+        return _reproduce(request, console)
+
+
+def _reproduce(request: Request, console: Console) -> int:
     begun = time.monotonic()
     paper, runs = request.paper, request.paper.runs(request.scale)
     jobs = plan(request)

@@ -205,7 +205,7 @@ def test_ctrl_c_stops_everything_and_meanwhile_the_run_is_locked(repo):
         time.sleep(0.05)
         holders = [lock.read_text().split()[1] for lock in locks if lock.exists() and lock.read_text()]
         stages = [c for c in psutil.Process(process.pid).children(recursive=True) if str(c.pid) in holders]
-    status, output = repo.reproduce(PAPER="toy", ARMS="slow", SEEDS="0")
+    status, output = repo.call("-m", "papers.toy.train", "--scale", "tiny", "--arm", "slow")
     assert status == 2
     assert f"{repo.run_dir('slow')} is in use by {locks[1].read_text()}: wait" in output
     process.send_signal(signal.SIGINT)
@@ -214,6 +214,29 @@ def test_ctrl_c_stops_everything_and_meanwhile_the_run_is_locked(repo):
     assert "stopped (SIGINT); the same command goes on from here" in output
     assert "Traceback" not in output
     assert not any(stage.is_running() for stage in stages)
+
+
+def test_one_command_at_a_time_on_a_paper_and_scale(repo):
+    """What one of them would write, the other would overwrite: runs.json, figures, results."""
+    process = repo.start("scripts/reproduce.py", PAPER="toy", ARMS="fast", SEEDS="0", SET="pause=1000")
+    runs = repo.root / "runs" / "toy" / "tiny"
+    deadline = time.monotonic() + 300
+    while not (repo.run_dir("fast") / ".lock").exists():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    other = {"PAPER": "toy", "ARMS": "slow", "SEEDS": "0"}
+    status, output = repo.reproduce(**other)
+    assert status == 2
+    assert f"{runs} is in use by process {process.pid} on " in output
+    assert not repo.run_dir("slow").exists()
+    status, output = repo.reproduce(**other, SCALE="smoke")
+    assert status == 0, output
+    process.kill()  # it cannot tidy up
+    process.communicate(timeout=300)
+    status, output = repo.reproduce(**other)
+    assert status == 0, output
+    assert json.loads((runs / "runs.json").read_text()) == [["slow", 0]]
 
 
 @pytest.mark.slow
