@@ -40,7 +40,8 @@ RHYMES = ("adz", "erp", "ix", "olm", "ung")
 # fmt: on
 CONCEPTS = tuple(onset + rhyme for onset, rhyme in product(ONSETS, RHYMES))  # 40 invented words
 # Every word of the text tasks, so that a tokenizer does not depend on which of them a data set happens to use.
-LEXICON = " ".join((*PEOPLE, *CONCEPTS, *PROPERTIES, "Every is a . Is or ? not True False false :"))
+FRAME = ("Every", "is", "a", ".", "Is", "or", "?", "not", "True", "False", "false", ":")
+VOCABULARY = (*PEOPLE, *CONCEPTS, *PROPERTIES, *FRAME)
 
 
 def load_json(path: str | Path) -> list[dict]:

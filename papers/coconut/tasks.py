@@ -11,7 +11,7 @@ from papers.coconut import data, method
 from papers.coconut.config import Config
 from papers.coconut.prontoqa import prontoqa_rows
 from papers.coconut.prosqa import balanced_rows, prosqa_rows
-from shared.data.arith import arith_rows
+from shared.data import arith
 from shared.data.gsm8k import load_gsm8k, load_icot
 from shared.data.splits import SPLITS
 from shared.experiments import files
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from papers.coconut.model import CoconutForCausalLM
 
 ARITH_MODULUS = 10
-ARITH_LEXICON = "<< >> + - * = mod " + " ".join(map(str, range(ARITH_MODULUS + 1)))
 
 # Generated rows are kept on the disk from so many on: all runs of a task ask for the same, and making 10 000 takes 5 s.
 KEEP_FROM = 2_000
@@ -68,7 +67,7 @@ def _rows(task: str, split: str, file: str | None, n: int) -> list[dict]:
         case "prontoqa":
             return prontoqa_rows(n, split)
         case "arith":
-            return arith_rows(n, split, modulus=ARITH_MODULUS)
+            return arith.arith_rows(n, split, modulus=ARITH_MODULUS)
         case "json":
             return data.load_json(file)[:n]
         case "gsm8k":
@@ -130,7 +129,7 @@ def _from_scratch(config: Config):
     from papers.coconut.facts_model import FactsGPT2Config, FactsGPT2LMHeadModel, init_scales
 
     facts = config.task == "balanced"
-    words = [data.LEXICON, ARITH_LEXICON]
+    words = [*data.VOCABULARY, *arith.vocabulary(ARITH_MODULUS)]
     tokenizer = data.facts_tokenizer() if facts else data.word_tokenizer(_rows_of_files(config), words)
     sizes = {
         "vocab_size": len(tokenizer),

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from papers.semi_online.config import Config
-from shared.data.fold import fold_reward, fold_rows, fold_words, misconceived_solutions, misconceptions
+from shared.data import fold, writing
+from shared.data.fold import fold_reward, fold_rows, misconceived_solutions, misconceptions
 from shared.data.writing import (
     MAX_WORDS,
     gold_score,
@@ -22,7 +23,6 @@ from shared.data.writing import (
     scribbles,
     weak_responses,
     writing_rows,
-    writing_words,
 )
 from shared.experiments import Run, UserError
 from shared.rewards.contract import checked, texts
@@ -201,7 +201,7 @@ def build_policy(config: Config, seed: int, gated: bool, directory: Path) -> dic
     from shared.training.starting_policy import sft
 
     world = config.generated
-    tokenizer = word_tokenizer([*fold_words(world.modulus), *writing_words()])
+    tokenizer = word_tokenizer([*fold.vocabulary(world.modulus), *writing.VOCABULARY])
     longest = max(2 * world.n_ops[1] + 2 + world.n_ops[1] + 3, 3 + MAX_WORDS + 1)
     model = llama_from_scratch(
         tokenizer,

@@ -17,6 +17,11 @@ from shared.experiments.errors import UserError
 OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 
 
+def vocabulary(modulus: int, max_operand: int = 9) -> list[str]:
+    """Every word of `arith_rows`, where numbers, operators and the brackets of steps are words."""
+    return ["<<", ">>", *OPERATIONS, "=", "mod", *map(str, range(max(modulus, max_operand) + 1))]
+
+
 def arith_rows(
     n: int,
     split: str,

@@ -21,7 +21,7 @@ from shared.rewards.contract import Completions, column, texts
 ANSWER = "ANS"
 
 
-def fold_words(modulus: int = 10) -> list[str]:
+def vocabulary(modulus: int = 10) -> list[str]:
     """Every word of prompts and solutions."""
     return [*map(str, range(modulus)), *OPERATIONS, "=", ANSWER]
 

@@ -23,6 +23,7 @@ WORDS = (
 )
 # fmt: on
 COLON = ":"
+VOCABULARY = (*WORDS, COLON)  # every word of prompts and responses
 MAX_WORDS = 16  # of a response
 
 # What the hidden reader likes: a value in (-1, 1) for each word.
@@ -31,11 +32,6 @@ VALUES = {word: _values.uniform(-1, 1) for word in WORDS}
 UNKNOWN_VALUE = -1.0
 
 LENGTH_BIAS = 0.02  # annotators like length a little, per word
-
-
-def writing_words() -> list[str]:
-    """Every word of prompts and responses."""
-    return [*WORDS, COLON]
 
 
 def writing_rows(n: int, split: str, seed: int = 0) -> list[dict]:

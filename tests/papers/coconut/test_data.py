@@ -11,9 +11,9 @@ from scipy import stats
 
 from papers.coconut.data import (
     CONCEPTS,
-    LEXICON,
     PEOPLE,
     SPECIAL_TOKENS,
+    VOCABULARY,
     fact_table,
     facts_tokenizer,
     load_json,
@@ -368,7 +368,7 @@ def test_words_survive_the_round_trip(make):
 def test_words_are_single_tokens():
     tokenizer = word_tokenizer(arith_rows(50, "train", modulus=11))
     assert tokenizer.tokenize("<<10+9=8>> ### 8") == ["<<", "10", "+", "9", "=", "8", ">>", "###", "8"]
-    tokenizer = word_tokenizer([], [LEXICON])
+    tokenizer = word_tokenizer([], VOCABULARY)
     tokens = tokenizer.tokenize("Every blix is a dwung.\nIs Ada a blix or dwung?")
     assert " ".join(tokens) == "Every blix is a dwung . Is Ada a blix or dwung ?"
     assert "<<" not in tokenizer.get_vocab()
@@ -377,7 +377,7 @@ def test_words_are_single_tokens():
 def test_special_tokens(tmp_path):
     from transformers import AutoTokenizer
 
-    for made in (word_tokenizer([], [LEXICON]), facts_tokenizer()):
+    for made in (word_tokenizer([], VOCABULARY), facts_tokenizer()):
         made.save_pretrained(tmp_path)
         for tokenizer in (made, AutoTokenizer.from_pretrained(tmp_path)):
             assert tuple(tokenizer.convert_ids_to_tokens(range(6))) == SPECIAL_TOKENS
@@ -389,7 +389,7 @@ def test_special_tokens(tmp_path):
 
 
 def test_lexicon_covers_every_text_row():
-    tokenizer = word_tokenizer([], [LEXICON])
+    tokenizer = word_tokenizer([], VOCABULARY)
     for row in prosqa_rows(60, "test") + prontoqa_rows(60, "test") + balanced_rows(60, "test", encoding="text"):
         for text in texts([row]):
             assert tokenizer.decode(tokenizer.encode(text)) == text

@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy import stats
 
-from papers.coconut.data import LEXICON, facts_tokenizer, word_tokenizer
+from papers.coconut.data import VOCABULARY, facts_tokenizer, word_tokenizer
 from papers.coconut.method import (
     ARMS,
     IGNORE,
@@ -317,7 +317,7 @@ def test_a_tokenizer_without_end_is_refused(bpe):
 def test_embeddings_of_new_tokens(tied, source):
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    words = word_tokenizer([], [LEXICON + (" << >>" if source == "<<" else "")])
+    words = word_tokenizer([], [*VOCABULARY, *(["<<", ">>"] if source == "<<" else [])])
     config = GPT2Config(
         vocab_size=len(words), n_positions=8, n_embd=8, n_layer=1, n_head=1, tie_word_embeddings=tied, bos_token_id=None
     )

@@ -2,7 +2,7 @@ import re
 
 import pytest
 
-from shared.data.arith import arith_rows
+from shared.data.arith import arith_rows, vocabulary
 from shared.data.splits import SPLITS, split_of
 from shared.experiments.errors import UserError
 
@@ -43,6 +43,17 @@ def test_arguments_bound_the_problems():
     assert {len(row["steps"]) for row in rows} == {2, 3, 4}
     assert set(re.findall(r"\d", " ".join(row["question"] for row in rows))) == set("12345")
     assert set(re.findall(r"[^\d]", "".join(row["question"] for row in rows))) == set("+*")
+
+
+@pytest.mark.parametrize(("modulus", "max_operand"), [(10, 9), (4, 9), (23, 9)])
+def test_the_vocabulary_holds_every_word(modulus, max_operand):
+    rows = arith_rows(3000, "train", n_ops=(1, 4), modulus=modulus, max_operand=max_operand)
+    texts = [text for row in rows for text in (row["question"], *row["steps"], row["answer"])]
+    written = {word for text in texts for word in re.findall(r"\d+|[a-z]+|<<|>>|\S", text)}
+    words = vocabulary(modulus, max_operand)
+    assert len(set(words)) == len(words)
+    assert written <= set(words)
+    assert {word for word in set(words) - written if not word.isdecimal()} == set()
 
 
 def test_same_arguments_same_rows():

@@ -2,10 +2,10 @@ import re
 
 import pytest
 
+from shared.data import fold
 from shared.data.fold import (
     fold_reward,
     fold_rows,
-    fold_words,
     misconceived_solutions,
     misconceptions,
     written,
@@ -26,7 +26,7 @@ def left_to_right(prompt: str, modulus: int) -> list[int]:
 
 @pytest.mark.parametrize(("n_ops", "modulus"), [((4, 4), 10), ((2, 8), 23)])
 def test_solutions_are_those_of_python(n_ops, modulus):
-    vocabulary = set(fold_words(modulus))
+    vocabulary = set(fold.vocabulary(modulus))
     for row in fold_rows(200, "train", n_ops=n_ops, modulus=modulus):
         values = left_to_right(row["prompt"], modulus)
         assert n_ops[0] <= len(values) <= n_ops[1]

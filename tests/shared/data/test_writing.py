@@ -7,6 +7,7 @@ from shared.data.writing import (
     LENGTH_BIAS,
     MAX_WORDS,
     VALUES,
+    VOCABULARY,
     WORDS,
     gold_reward,
     gold_score,
@@ -14,7 +15,6 @@ from shared.data.writing import (
     scribbles,
     weak_responses,
     writing_rows,
-    writing_words,
 )
 from shared.experiments.errors import UserError
 
@@ -105,6 +105,7 @@ def test_the_gold_reward_is_the_score():
 
 
 def test_vocabulary():
-    assert set(writing_words()) == {*WORDS, COLON}
+    assert len(VOCABULARY) == len({*WORDS, COLON})
+    assert set(VOCABULARY) == {*WORDS, COLON}
     with pytest.raises(UserError, match="unknown split 'valid'"):
         writing_rows(1, "valid")
