@@ -3,7 +3,8 @@ import re
 
 import pytest
 
-from shared.data.hub import DATASETS, boxed, load_prompts
+from shared.data.hub import load_prompts
+from shared.data.prompt_sets import DATASETS, boxed
 from shared.experiments.errors import UserError
 
 datasets = pytest.importorskip("datasets")
