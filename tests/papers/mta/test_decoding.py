@@ -37,7 +37,7 @@ def undecided(tiny_model):
 @pytest.mark.parametrize("chunks", [[1] * 14, [9, 1, 1, 1, 1, 1], [1, 5, 2, 6], [13, 1]], ids=str)
 @torch.no_grad()
 def test_decoding_in_pieces_equals_the_full_forward(tiny_model, changes, chunks):
-    from papers.mta.model import MTACache
+    from papers.mta.cache import MTACache
 
     model = tiny_model(**changes)
     x = tokens(2, 14)
@@ -80,7 +80,7 @@ def test_left_padded_batches_generate_what_each_prompt_does_alone(undecided, cha
 @pytest.mark.parametrize("changes", ARMS[:5], ids=name)
 @torch.no_grad()
 def test_beam_search_reorders_the_whole_cache(undecided, changes, monkeypatch):
-    from papers.mta.model import MTACache
+    from papers.mta.cache import MTACache
 
     reorder, moved = MTACache.reorder_cache, []
     monkeypatch.setattr(
@@ -139,7 +139,7 @@ def test_rows_of_the_cache_can_be_repeated_selected_and_reordered(tiny_model):
 @torch.no_grad()
 def test_packed_documents_are_kept_apart_in_the_cache(tiny_model, changes):
     """Two documents in the prompt; then the second goes on, token by token, and a third begins."""
-    from papers.mta.model import MTACache
+    from papers.mta.cache import MTACache
 
     model = tiny_model(**changes)
     first, second, third = tokens(1, 5), tokens(1, 8), tokens(1, 4)
