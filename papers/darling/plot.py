@@ -31,6 +31,7 @@ STYLES = {name: COLORS[i] for i, name in enumerate(METHODS)}
 STYLES |= {"darling_std": "#7FCDB4", "darling_raw": "#888888"}
 FRONT = ("base", "grpo", "darling", "x4gram", "additive")
 CURVES = ("base", "grpo", "grpo_no_std", "x4gram", "darling", "darling_oracle")
+SAMPLED = ("base", "grpo", "x4gram", "darling")
 TRAINED = ("grpo", "grpo_no_std", "x4gram", "additive", "darling")
 
 
@@ -48,6 +49,7 @@ def draw(runs: Path, out: Path) -> None:
             draw_front(world, arms, found, metrics, paper, out)
             draw_pass_at_k(world, arms, metrics, paper, out)
             draw_training(world, arms, found, paper, out)
+            draw_samples(world, arms, found, paper, out)
     draw_classifier(metrics, out)
 
 
@@ -102,15 +104,13 @@ def draw_front(world: str, arms: list[str], found: dict, metrics: dict, paper: P
             [[np.mean(seeds_of(metrics[arm], f"{part}{suffix}")) for part in ("distinct", name)] for suffix in suffixes]
         )
         color = STYLES[method(arm)]
-        ax.plot(*points_T2.T, "o-", color=color, label=title(paper, arm))
-        for suffix, point in zip(suffixes, points_T2, strict=True):
-            if suffix in (suffixes[0], suffixes[-1]):
-                ax.annotate(
-                    f"T={temperatures[suffix]:g}", point, xytext=(3, 3), textcoords="offset points", fontsize=6.5
-                )
+        ax.plot(*points_T2.T, "-", color=color, label=title(paper, arm))
+        ax.scatter(*points_T2.T, s=[12 * (place + 1) for place in range(len(suffixes))], color=color)
         for seed_metrics in metrics[arm].values():
             ax.plot(seed_metrics["distinct"], seed_metrics[name], ".", color=color, alpha=0.4)
     ax.set(xlabel="distinct meanings of 10", ylabel=name, title=WORLDS[world])
+    points = ", ".join(f"{temperatures[suffix]:g}" for suffix in suffixes)
+    ax.set_title(f"temperatures {points}, small to large points", loc="right", fontsize=7)
     ax.set_ylim(bottom=0)
     legend_outside(fig)
     save(fig, out, f"front_{world}")
@@ -154,6 +154,32 @@ def draw_training(world: str, arms: list[str], found: dict, paper: Paper, out: P
     panels[1].set_ylim(bottom=0)
     legend_outside(fig)
     save(fig, out, f"training_{world}")
+
+
+def draw_samples(world: str, arms: list[str], found: dict, paper: Paper, out: Path) -> None:
+    """The first samples of some arms for one test prompt, of the first seed (Figures 5, 10 and 11)."""
+    shown = [arm for arm in arms if method(arm) in SAMPLED]
+    lines = []
+    for arm in sorted(shown, key=lambda arm: SAMPLED.index(method(arm))):
+        record = files.read_jsonl(found[arm][min(found[arm])] / "predictions.jsonl")[0]
+        prompt = record["prompt"] if isinstance(record["prompt"], str) else record["prompt"][-1]["content"]
+        lines += [] if lines else [f"prompt: {shortened(prompt)}"]
+        lines += ["", title(paper, arm)] + [f"    {shortened(text)}" for text in record["outputs"][:6]]
+    if not lines:
+        return
+    fig, ax = figure(width=7.5, height=0.5 + 0.17 * len(lines))
+    ax.axis("off")
+    ax.set_title(f"{WORLDS[world]}: six samples of each policy")
+    # Written by a model: no formulas for matplotlib to set.
+    ax.text(0, 1, "\n".join(lines), va="top", family="monospace", fontsize=8, parse_math=False)
+    save(fig, out, f"samples_{world}")
+
+
+def shortened(text: str, most: int = 90) -> str:
+    """On one line; of a long text the beginning and the end, where answers and what follows them stand."""
+    text = " ".join(text.split())
+    half = (most - 3) // 2
+    return text if len(text) <= most else f"{text[:half]} … {text[-half:]}"
 
 
 def draw_classifier(metrics: dict, out: Path) -> None:

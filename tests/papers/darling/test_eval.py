@@ -95,6 +95,14 @@ def test_front():
     assert front({"pass@1": 0.2, "distinct": 2.0}, [], known=True) == [(2.0, 0.2)]
 
 
+def test_shortened_texts_keep_their_beginning_and_their_end():
+    from papers.darling.plot import shortened
+
+    assert shortened("so  3 * 4\n= 2") == "so 3 * 4 = 2"
+    assert shortened("a" * 90) == "a" * 90
+    assert shortened("a" * 60 + "b" * 60) == "a" * 43 + " … " + "b" * 43
+
+
 def test_rewards_of_the_generated_worlds(task):
     reward = task.reward(None)
     columns = {"digits": [[3, 4, 5]] * 2, "answer": ["7"] * 2}
@@ -140,7 +148,8 @@ def test_figures(tmp_path):
         record |= {"seconds": 1.0, "cpu_seconds": 1.0, "peak_memory_mb": 1.0, "seed": seed, "arm": arm}
         for stage in ("train", "eval"):
             (directory / f"{stage}.json").write_text(json.dumps(record))
-        (directory / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in items))
+        texts = {"prompt": "3 4 $5 7", "outputs": ["so $3 _ 4", "x " * 200] * 4}  # not for matplotlib to set
+        (directory / "predictions.jsonl").write_text("".join(json.dumps(row | texts) + "\n" for row in items))
         log = [{"step": s, "quality": 0.1 * s, "entropy": 1.0} for s in range(12)] if "base" not in arm else []
         (directory / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
     (runs / "runs.json").write_text(json.dumps(pairs))
