@@ -1,5 +1,6 @@
 import os
 import signal
+import sys
 
 import pytest
 import torch
@@ -13,6 +14,14 @@ if not torch.cuda.is_available():
 for signum, default in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
     if signal.getsignal(signum) == signal.SIG_IGN:
         signal.signal(signum, default)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fresh_accelerate():
+    """Each test module finds accelerate as a new process does. It keeps the first trainer's settings for the whole
+    process, and refuses others; which modules share a process, xdist decides."""
+    if "accelerate.state" in sys.modules:
+        sys.modules["accelerate.state"].AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="session")

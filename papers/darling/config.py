@@ -21,7 +21,7 @@ class Config:
     train_source: str | None = None
     """Hub id, directory or file of the training prompts; default: the data set's own id."""
     test_sets: list[str] = field(default_factory=list)
-    """Data sets to evaluate on (math, wildchat): names of shared/data/hub.py, with `:split` if that is not test."""
+    """Data sets to evaluate on (math, wildchat): names of shared/data/prompt_sets.py, with `:split` if that is not test."""
     test_sources: list[str] = field(default_factory=list)
     """Where they are, in the same order; default: their own ids."""
     n_train: int | None = None
@@ -126,7 +126,7 @@ class Config:
     eval_threshold: float = 0.102
     eval_reward_model: str | None = None
     pairs_source: str | None = None
-    """Labelled pairs (shared/data/hub.py) to test `classifier` on, in the arm that does not train."""
+    """Labelled pairs (shared/data/prompt_sets.py) to test `classifier` on, in the arm that does not train."""
 
     def __post_init__(self) -> None:
         for name, valid in (
