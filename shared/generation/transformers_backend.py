@@ -12,6 +12,7 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    Cache,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
@@ -23,6 +24,7 @@ from transformers import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
+from transformers.cache_utils import DynamicLayer
 
 from shared.experiments.errors import UserError
 from shared.generation import DEFAULT_PARAMS, Completion, Prompt, SamplingParams
@@ -36,6 +38,8 @@ from shared.generation.text import (
     find_stop,
     seeds_of_rows,
 )
+
+SHARED_TOKENS = 2000  # fewer tokens of prompts than this are computed again for each completion: that is as fast
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,7 @@ class TransformersSampler:
         self.model = model
         self.tokenizer = tokenizer
         self._eos_ids = end_of_sequence_ids(model.generation_config, tokenizer)
+        self._can_share = True  # a prompt's cache among its completions, until the model's cache proves to be special
 
     def sample(
         self, prompts: Sequence[Prompt], n: int = 1, params: SamplingParams = DEFAULT_PARAMS
@@ -169,27 +174,25 @@ class TransformersSampler:
         if pad_id is None:
             pad_id = self._eos_ids[0] if self._eos_ids else 0  # any token will do: it is masked
         width, budget = max(len(row.prompt_ids) for row in rows), rows[0].budget
-        input_ids_BT = torch.full((len(rows), width), pad_id)
-        mask_BT = torch.zeros((len(rows), width), dtype=torch.long)
+        ids = np.full((len(rows), width), pad_id, dtype=np.int64)
+        mask = np.zeros((len(rows), width), dtype=np.int64)
         for b, row in enumerate(rows):
-            input_ids_BT[b, width - len(row.prompt_ids) :] = torch.tensor(row.prompt_ids)
-            mask_BT[b, width - len(row.prompt_ids) :] = 1
+            ids[b, width - len(row.prompt_ids) :] = row.prompt_ids
+            mask[b, width - len(row.prompt_ids) :] = 1
+        input_ids_BT, mask_BT = torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device)
 
         choose = _ChooseToken([row.seed for row in rows], budget, params, device)
         stop = _StopStrings(self.tokenizer, params.stop, width, len(rows))
+        options = {"do_sample": False, "eos_token_id": self._eos_ids or None, "pad_token_id": pad_id, "use_cache": True}
         try:
             output_BT = self.model.generate(
-                input_ids_BT.to(device),
-                attention_mask=mask_BT.to(device),
-                generation_config=GenerationConfig(
-                    do_sample=False,  # `choose` leaves one token to choose
-                    max_new_tokens=budget,
-                    eos_token_id=self._eos_ids or None,
-                    pad_token_id=pad_id,
-                    use_cache=True,
-                ),
+                input_ids_BT,
+                attention_mask=mask_BT,
+                # Not sampled: `choose` leaves one token to choose.
+                generation_config=GenerationConfig(max_new_tokens=budget, **options),
                 logits_processor=LogitsProcessorList([choose]),
                 stopping_criteria=StoppingCriteriaList([stop] if params.stop else []),
+                **self._shared_prefill(rows, input_ids_BT, mask_BT, options),
             )
         except torch.OutOfMemoryError as error:
             raise RuntimeError(
@@ -212,6 +215,30 @@ class TransformersSampler:
             reason = "stop" if ends else "length"
             completions.append(complete(self.tokenizer, ids[:length], logprobs, reason, params.stop))
         return completions
+
+    def _shared_prefill(
+        self, rows: Sequence[_Row], input_ids_BT: torch.Tensor, mask_BT: torch.Tensor, options: dict
+    ) -> dict[str, Cache]:
+        """The cache of all tokens of the prompts but the last, computed once for the rows of a prompt; {} where that
+        would save little, or where a cache is not just keys and values of all positions."""
+        of_prompt: dict[tuple[int, ...], int] = {}
+        number_B = [of_prompt.setdefault(tuple(row.prompt_ids), len(of_prompt)) for row in rows]
+        saved = (len(rows) - len(of_prompt)) * (input_ids_BT.shape[1] - 1)
+        if saved < SHARED_TOKENS or not self._can_share:
+            return {}
+        first_P = [number_B.index(p) for p in range(len(of_prompt))]
+        # The model's own first step, so that positions and masks are those that it would make.
+        cache = self.model.generate(
+            input_ids_BT[first_P],
+            attention_mask=mask_BT[first_P],
+            generation_config=GenerationConfig(max_new_tokens=1, return_dict_in_generate=True, **options),
+        ).past_key_values
+        self._can_share = all(type(layer) is DynamicLayer for layer in getattr(cache, "layers", [None]))
+        if not self._can_share:
+            return {}
+        cache.crop(input_ids_BT.shape[1] - 1)
+        cache.batch_select_indices(torch.tensor(number_B, device=input_ids_BT.device))
+        return {"past_key_values": cache}
 
 
 class _ChooseToken(LogitsProcessor):

@@ -1,4 +1,5 @@
 import copy
+import functools
 import math
 import statistics
 
@@ -128,6 +129,50 @@ def test_batch_size_does_not_matter(prompts, build_model, tokenizer, family, par
                 assert completion.text == other.text
                 assert completion.finish_reason == other.finish_reason
                 np.testing.assert_allclose(completion.logprobs, other.logprobs, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("params", [{"temperature": 0}, {"logprobs": True}])
+def test_completions_of_a_prompt_may_share_its_cache(prompts, build_model, tokenizer, family, params, monkeypatch):
+    """The same tokens whether the prompt is read once or once for each completion; prompts of different lengths."""
+    from shared.generation import transformers_backend as backend
+
+    sampler = load_sampler("transformers", build_model(family), tokenizer=tokenizer)
+    params = SamplingParams(max_new_tokens=12, seed=3, **params)
+    reads = []
+    forward = sampler.model.forward
+    monkeypatch.setattr(
+        sampler.model,
+        "forward",
+        functools.wraps(forward)(lambda *args, **kw: reads.append(kw["input_ids"].shape) or forward(*args, **kw)),
+    )
+    alone = sampler.sample(prompts, n=6, params=params)
+    assert reads[0] == (len(prompts) * 6, 16)
+    reads.clear()
+    monkeypatch.setattr(backend, "SHARED_TOKENS", 1)
+    shared = sampler.sample(prompts, n=6, params=params)
+    assert reads[:2] == [(len(prompts), 16), (len(prompts) * 6, 1)]
+    assert token_ids(shared) == token_ids(alone)
+    for mine, theirs in zip(flat(shared), flat(alone), strict=True):
+        assert mine.text == theirs.text
+        assert not params.logprobs or mine.logprobs == pytest.approx(theirs.logprobs, abs=1e-4)
+
+
+def test_a_cache_of_another_kind_is_not_shared(prompts, build_model, tokenizer, monkeypatch):
+    """A window shorter than the prompts: its cache has not all positions, so prompts are read for each completion."""
+    from transformers import MistralConfig, MistralForCausalLM
+
+    from shared.generation import transformers_backend as backend
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = MistralConfig(vocab_size=len(tokenizer), num_key_value_heads=1, sliding_window=4, **sizes)
+    sampler = load_sampler("transformers", MistralForCausalLM(config).eval(), tokenizer=tokenizer)
+    params = SamplingParams(max_new_tokens=12, seed=3)
+    alone = sampler.sample(prompts, n=6, params=params)
+    monkeypatch.setattr(backend, "SHARED_TOKENS", 1)
+    assert token_ids(sampler.sample(prompts, n=6, params=params)) == token_ids(alone)
+    assert not sampler._can_share
 
 
 def test_other_prompts_do_not_matter(prompts, sampler):
