@@ -36,6 +36,12 @@ def stage_key(script: Path, config: Mapping[str, Any], inputs: Iterable[str] = (
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
+def remember(script: Path, root: Path = ROOT) -> None:
+    """Reads the code of `script`, so that `stage_key` need not, neither in this process nor in its forks."""
+    for path in code_files(script, root):
+        _meaning(path, path.stat().st_mtime_ns)
+
+
 def code_files(script: Path, root: Path = ROOT) -> list[Path]:
     """`script`, every file of this repository that it imports, directly or not, apart from the machinery, and the
     data files that these name in a string and that stand beside them."""

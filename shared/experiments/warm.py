@@ -2,7 +2,7 @@
 
 Importing torch and transformers takes 5 s of CPU. A paper at scale tiny has dozens of stages of half a minute, at scale
 smoke of a second, so that this would be a good part of their time. One such process serves one slot of the scheduler:
-it has the slot's environment and has loaded libraries only, no code of a paper.
+it has the slot's environment and has loaded libraries only, no code of a paper (which it reads, for the stages' keys).
 
 It forks, so it is for stages without a GPU alone: CUDA does not survive a fork.
 
@@ -27,6 +27,7 @@ import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from shared.experiments import keys
 from shared.experiments.run import die_with_parent
 
 HEAVY = ("torch", "transformers", "accelerate", "trl", "peft")
@@ -107,9 +108,12 @@ def main(modules: Sequence[str]) -> None:
     gc.freeze()
     server = os.getpid()
     while line := sys.stdin.buffer.readline():
+        request = json.loads(line)
+        with contextlib.suppress(Exception):  # a module elsewhere, or one that the stage will complain about
+            keys.remember(Path(*request["argv"][0].split(".")).with_suffix(".py").resolve(), Path.cwd())
         pid = os.fork()
         if pid == 0:
-            os._exit(_become(json.loads(line), server))
+            os._exit(_become(request, server))
         print(pid, flush=True)
         print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
     return None

@@ -9,12 +9,15 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from shared.experiments import files
 from shared.experiments.keys import stage_key
 from shared.experiments.paper import ROOT
 from shared.experiments.run import Run
+
+if TYPE_CHECKING:
+    import torch
 
 
 def starting_policy(
@@ -106,8 +109,7 @@ def sft(
 
     from shared.training.runs import cosine_options, fit_tiles, train_whole
 
-    prompts = tokenizer([prompt for prompt, _ in examples], return_attention_mask=False)["input_ids"]
-    completions = tokenizer([completion for _, completion in examples], return_attention_mask=False)["input_ids"]
+    prompts, completions = (_token_ids(tokenizer, texts) for texts in zip(*examples, strict=True))
     eos = [tokenizer.eos_token_id]
     rows = {
         "input_ids": [p + c + eos for p, c in zip(prompts, completions, strict=True)],
@@ -118,6 +120,41 @@ def sft(
         **cosine_options(directory / "sft", **schedule, weight_decay=weight_decay, max_length=None),
         dataset_kwargs={"skip_prepare_dataset": True},
     )
-    trainer = SFTTrainer(model, options, train_dataset=Dataset.from_dict(rows), processing_class=tokenizer)
+    trainer = SFTTrainer(
+        model,
+        options,
+        train_dataset=Dataset.from_dict(rows),
+        processing_class=tokenizer,
+        data_collator=partial(collate, pad_id=0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id),
+    )
     fit_tiles(model)
     return train_whole(trainer)[-1]
+
+
+def collate(rows: Sequence[Mapping[str, Sequence[int]]], pad_id: int) -> dict[str, torch.Tensor]:
+    """What TRL's collator makes of `input_ids` and `labels`, padded on the right, in a tenth of its time."""
+    import numpy as np
+    import torch
+
+    size = len(rows), max(len(row["input_ids"]) for row in rows)
+    batch = {
+        "input_ids": np.full(size, pad_id, dtype=np.int64),
+        "labels": np.full(size, -100, dtype=np.int64),
+        "attention_mask": np.zeros(size, dtype=np.int64),
+    }
+    for b, row in enumerate(rows):
+        length = len(row["input_ids"])
+        batch["input_ids"][b, :length] = row["input_ids"]
+        batch["labels"][b, :length] = row["labels"]
+        batch["attention_mask"][b, :length] = 1
+    return {name: torch.from_numpy(array) for name, array in batch.items()}
+
+
+def _token_ids(tokenizer, texts: Sequence[str]) -> list[list[int]]:
+    """tokenizer(texts)["input_ids"]; a fast tokenizer without its wrapper takes a third of the time."""
+    if not tokenizer.is_fast:
+        return tokenizer(list(texts), return_attention_mask=False)["input_ids"]
+    backend = tokenizer.backend_tokenizer
+    backend.no_padding()
+    backend.no_truncation()
+    return [encoding.ids for encoding in backend.encode_batch_fast(list(texts))]

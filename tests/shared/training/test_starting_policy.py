@@ -88,6 +88,18 @@ def test_the_loss_is_that_of_completions_and_their_end_alone(model, tokenizer, t
     assert list(tmp_path.iterdir()) == []
 
 
+def test_batches_are_those_of_trls_collator():
+    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+    from shared.training.starting_policy import collate
+
+    rows = [{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}, {"input_ids": [8], "labels": [8]}]
+    expected, found = DataCollatorForLanguageModeling(pad_token_id=3)(rows), collate(rows, pad_id=3)
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, expected[name])
+
+
 def test_it_learns(model, tokenizer, tmp_path):
     examples = [(f"{a} =", f"{(a + 3) % 10}") for a in range(10)]
     loss = sft(model, tokenizer, examples, directory=tmp_path, steps=60, batch_size=10, lr=2e-2, seed=0)
