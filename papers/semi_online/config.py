@@ -98,6 +98,8 @@ class Config:
     """N: responses per prompt."""
     nll_weight: float = 0.0
     """Weight of the NLL of the chosen response in the DPO loss."""
+    entropy_weight: float = 0.0
+    """lambda_H: weight of the chosen response's mean next-token entropy, which the DPO loss rewards."""
     grpo_weight: float = 0.0
     """Weight of GRPO's loss beside GroupDPO's."""
     advantage_std: bool = False
@@ -153,6 +155,8 @@ class Config:
             raise ValueError(f"method {self.method} trains on one kind of prompts at a time, not on both")
         if self.method == "group_dpo" and "chat" in self.phases:
             raise ValueError("method group_dpo needs rewards of 0 and 1: phase math")
+        if self.entropy_weight and self.method != "dpo":
+            raise ValueError(f"entropy_weight is a term of the loss of method dpo, not of {self.method}")
         if self.judge_model and self.world != "hub":
             raise ValueError(
                 "judge_model: the responses of the generated world are no sentences; its hidden reader judges"

@@ -31,7 +31,10 @@ def draw(runs: Path, out: Path) -> None:
     draw_staleness(arms, out)
     draw_curves(arms, out)
     draw_rollouts(arms, MATH, out, "entropy")
-    draw_reference(arms, out)
+    draw_steps(arms, ("s1", "s1_frozen"), ("length", "dev_accuracy", "entropy"), out, "reference")
+    bonus = [arm for arm in arms.found if "_entropy" in arm]
+    draw_steps(arms, ("s10", "rare", *bonus) if bonus else (), ("dev_accuracy", "entropy"), out, "entropy_bonus")
+    draw_steps(arms, CHAT, ("chosen_length", "rejected_length"), out, "lengths")
     draw_steps(arms, ("s10", "group_dpo", "group_dpo_grpo"), ("dev_accuracy", "entropy"), out, "group")
     draw_steps(arms, ("s10", "s10_nll", "s1"), ("dev_accuracy", "entropy", "chosen"), out, "nll")
     draw_chat(arms, out)
@@ -56,7 +59,9 @@ class Arms:
 
     def title(self, arm: str) -> str:
         config = next(iter(self.evals[arm].values()))["config"]
-        return f"semi-online DPO, s = {config['sync_steps']}" if arm == "rare" else self.paper.arms[arm].title
+        weight = f", λ = {config['entropy_weight']:g}" if config.get("entropy_weight") else ""
+        title = f"semi-online DPO, s = {config['sync_steps']}" if arm == "rare" else self.paper.arms[arm].title
+        return title + weight
 
     def summary(self, arm: str, metric: str):
         """(mean, interval or None, one value per seed); None if the arm has no such metric."""
@@ -218,16 +223,18 @@ def from_zero(ax) -> None:
     ax.set_ylim(0, 1.08 * ax.get_ylim()[1])
 
 
-def draw_reference(arms: Arms, out: Path) -> None:
-    """Moving against fixed reference (Figure 2)."""
-    draw_steps(arms, ("s1", "s1_frozen"), ("length", "dev_accuracy", "entropy"), out, "reference")
-
-
 LABELS: dict[str, str] = {
     "dev_accuracy": "accuracy on held-out problems",
     "entropy": "entropy of the rollouts, nats per token",
     "length": "length of the rollouts, tokens",
     "chosen": "log-probability of the chosen response",
+    "chosen_length": "length of chosen responses, tokens",
+    "rejected_length": "length of rejected responses, tokens",
+}
+KEYS = {
+    "chosen": "logps/chosen",
+    "chosen_length": "rollout/chosen_length",
+    "rejected_length": "rollout/rejected_length",
 }
 
 
@@ -239,15 +246,16 @@ def draw_steps(arms: Arms, names: Sequence[str], panels: Sequence[str], out: Pat
     fig, axes = figure(columns=len(panels), width=4.4 * len(panels) + 1)
     for ax, what in zip(axes, panels, strict=True):
         read: Callable = arms.dev if what.startswith("dev_") else arms.rollouts
-        key = {"chosen": "logps/chosen"}.get(what, what)
+        key = KEYS.get(what, what)
         for arm, color in colors_of(names).items():
             if found := read(arm, key):
                 lines_with_band(ax, *found, arms.title(arm), color, marker="o" if read == arms.dev else "")
         ax.set(xlabel="optimizer step", ylabel=LABELS[what])
-        if what in ("length", "entropy"):
+        if "length" in what or what == "entropy":
             from_zero(ax)
-    legend_outside(fig)
-    save(fig, out, file)
+    if any(ax.lines for ax in axes):
+        legend_outside(fig)
+        save(fig, out, file)
 
 
 def draw_chat(arms: Arms, out: Path) -> None:

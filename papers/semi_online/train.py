@@ -163,6 +163,7 @@ def dpo_options(config: Config, recipe: Recipe, run: Run) -> dict[str, Any]:
         "per_device_train_batch_size": size,
         "gradient_accumulation_steps": accumulated,
         "sync_steps": config.sync_steps,
+        "entropy_weight": config.entropy_weight,
         "beta": recipe.beta,
         "max_new_tokens": recipe.max_new_tokens,
         "generation_batch_size": config.generation_batch_size,

@@ -22,15 +22,17 @@ ref_model_mixup_alpha=1.0, ref_model_sync_steps=s` moves the reference with the 
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+import accelerate.utils.modeling
 import numpy as np
 import torch
 from datasets import Dataset
@@ -50,6 +52,9 @@ Reward = Callable[..., Sequence[float | None]]
 
 GENERATOR, REFERENCE = "generator.pt", "reference.pt"
 
+# TRL's loss asks at each step whether the model is PEFT's; accelerate reads the package's metadata each time (2 ms).
+accelerate.utils.modeling.is_peft_available = functools.cache(accelerate.utils.modeling.is_peft_available)
+
 
 @dataclass
 class PreferenceConfig(DPOConfig):
@@ -60,6 +65,7 @@ class PreferenceConfig(DPOConfig):
         default=1, metadata={"help": "s: steps between copies to the generator; None: never"}
     )
     num_generations: int = field(default=8, metadata={"help": "N: samples of each prompt"})
+    entropy_weight: float = field(default=0.0, metadata={"help": "lambda_H: of the chosen completions' entropy"})
     max_new_tokens: int = field(default=256, metadata={"help": "longest sample"})
     temperature: float = field(default=1.0, metadata={"help": "of the samples"})
     top_p: float = field(default=1.0, metadata={"help": "of the samples"})
@@ -92,8 +98,9 @@ class PreferenceTrainer(DPOTrainer):
 
         (1 / B) sum over the pairs of -log sigmoid(beta * (log-ratio of the chosen - log-ratio of the rejected))
 
-    (arXiv 2506.21495, Eq. 3, reduced as in its code: prompts without a pair count in B.) All prompts of an interval
-    between two copies are sampled in one call, up to `prompts_per_call`.
+    (arXiv 2506.21495, Eq. 3, reduced as in its code: prompts without a pair count in B.) With `entropy_weight` each
+    pair's term also gets minus that weight times `chosen_entropy`. All prompts of an interval between two copies are
+    sampled in one call, up to `prompts_per_call`.
 
     Args:
         model: the policy, not wrapped; the generator and, if `ref_model` is None, the reference are copies of it as it
@@ -105,7 +112,8 @@ class PreferenceTrainer(DPOTrainer):
     Logged beside DPO's metrics, of a step's samples: rollout/reward; rollout/length in tokens; rollout/entropy, minus
     the mean log-probability of the sampled tokens (at temperature 1 an unbiased estimate of the generator's mean
     next-token entropy, in nats); rollout/usable, the share of prompts that gave a pair; rollout/truncated,
-    rollout/empty and rollout/unscored, shares of the samples; rollout/staleness, steps since the last copy; and, summed
+    rollout/empty and rollout/unscored, shares of the samples; rollout/chosen_length and rollout/rejected_length of the
+    pairs; rollout/staleness, steps since the last copy; and, summed
     since the process began, rollout/calls, rollout/tokens and rollout/seconds of generation. In the step that samples,
     what the reward gives to TRL's `log_metric` (shares of failures; of the first process's samples).
 
@@ -284,29 +292,40 @@ class PreferenceTrainer(DPOTrainer):
     def _compute_loss(self, model, inputs, return_outputs):
         inputs = dict(inputs)
         share = inputs.pop("pairs_per_prompt")
-        return super()._compute_loss(model, inputs, return_outputs) * share
+        if not self.args.entropy_weight:
+            return super()._compute_loss(model, inputs, return_outputs) * share
+        made = []  # the outputs that the loss is computed from; asked for them, TRL makes others, without entropy
+
+        def forward(**batch):
+            made.append(model(**batch))
+            return made[-1]
+
+        loss = super()._compute_loss(forward, inputs, return_outputs)
+        entropy = chosen_entropy(made[0].entropy, inputs["completion_mask"][:, 1:])
+        return (loss - self.args.entropy_weight * entropy.mean()) * share
 
     def _log_rollouts(self, pools: Sequence[Pool]) -> None:
         samples = [c for pool in pools for c in pool.completions]
         rewards = [r for pool in pools for r in pool.rewards if r is not None]
         logprobs = [x for c in samples for x in c.logprobs or []]
         interval = self.args.sync_steps or self.args.max_steps
-        shares = {
-            "length": np.mean([len(c.token_ids) for c in samples]),
-            "usable": np.mean([bool(pool.pairs) for pool in pools]),
-            "truncated": np.mean([c.finish_reason == "length" for c in samples]),
-            "empty": np.mean([not c.text for c in samples]),
+        shares = {  # NaN where there is nothing to take the mean of: each process has a number for each
+            "length": _mean(len(c.token_ids) for c in samples),
+            "usable": _mean(bool(pool.pairs) for pool in pools),
+            "truncated": _mean(c.finish_reason == "length" for c in samples),
+            "empty": _mean(not c.text for c in samples),
             "unscored": 1 - len(rewards) / len(samples),
+            "reward": _mean(rewards),
+            "entropy": -_mean(logprobs),
         }
-        if rewards:
-            shares["reward"] = np.mean(rewards)
-        if logprobs:
-            shares["entropy"] = -np.mean(logprobs)
+        for k, name in enumerate(("chosen", "rejected")):
+            shares[f"{name}_length"] = _mean(len(p.completions[pair[k]].token_ids) for p in pools for pair in p.pairs)
         means = self.accelerator.gather(
             torch.tensor(list(shares.values()), dtype=torch.float64, device="cpu").to(self.accelerator.device).float()
         )
-        for name, value in zip(shares, means.reshape(-1, len(shares)).mean(0).tolist(), strict=True):
-            self._metrics["train"][f"rollout/{name}"].append(value)
+        for name, value in zip(shares, means.reshape(-1, len(shares)).nanmean(0).tolist(), strict=True):
+            if value == value:
+                self._metrics["train"][f"rollout/{name}"].append(value)
         self._metrics["train"]["rollout/staleness"].append(self.state.global_step % interval)
         for name, value in self._spent.items():
             self._metrics["train"][f"rollout/{name}"].append(value)
@@ -345,6 +364,21 @@ class PreferenceTrainer(DPOTrainer):
         if frozen is not None:
             frozen.to(self.accelerator.device)
         return LocalGenerator(self, frozen)
+
+
+def chosen_entropy(entropy_MT: torch.Tensor, mask_MT: torch.Tensor) -> torch.Tensor:
+    """H = mean over a response's tokens of the policy's next-token entropy, for the chosen responses alone (the entropy
+    regularisation of arXiv 2506.21495, as its code reduces it).
+
+    Args:
+        entropy_MT: in nats, of the distributions that the tokens were drawn from; the first half of the M sequences
+            are the chosen ones.
+        mask_MT: 1 where the token belongs to the response.
+
+    Returns: `[M / 2]`; 0 for an empty response.
+    """
+    entropy_PT, mask_PT = entropy_MT.chunk(2)[0], mask_MT.chunk(2)[0]
+    return (entropy_PT * mask_PT).sum(1) / mask_PT.sum(1).clamp(min=1)
 
 
 class Generator(Protocol):
@@ -429,6 +463,12 @@ class VLLMGenerator:
             for ids, rows in zip(completion_ids, logprobs, strict=True)
         ]
         return [found[k * n : (k + 1) * n] for k in range(len(prompts))]
+
+
+def _mean(values: Iterable[float]) -> float:
+    """NaN of none."""
+    values = list(values)
+    return sum(values) / len(values) if values else math.nan
 
 
 def _copy(model):

@@ -35,6 +35,7 @@ def vector(model) -> torch.Tensor:
         ({"phases": ["code"]}, "must be some of math, chat, both"),
         ({"method": "grpo", "phases": ["both"]}, "trains on one kind of prompts at a time"),
         ({"method": "group_dpo", "phases": ["chat"]}, "needs rewards of 0 and 1"),
+        ({"method": "grpo", "entropy_weight": 0.1}, "a term of the loss of method dpo, not of grpo"),
         ({"sync_steps": 0}, "at least 1, or null for never"),
         ({"num_generations": 1}, "at least 2"),
         ({"world": "moon"}, "world: 'moon' is not one of"),
@@ -85,6 +86,12 @@ def test_the_arms_are_what_their_names_say(make_run):
     assert "sync_ref_model" not in options("tiny", "s1_frozen")
     nll = options("tiny", "s10_nll")
     assert (nll["loss_type"], nll["loss_weights"]) == (["sigmoid", "sft"], [1.0, 1.0])
+    assert options("tiny", "s10")["entropy_weight"] == 0
+    weights = {"s10_entropy": 1e-4, "s10_entropy_2": 2e-4, "s10_entropy_3": 3e-4, "s10_entropy_strong": 5e-4}
+    weights |= {f"rare_entropy_{k}": k * 1e-4 for k in (1, 2, 3, 5)}
+    for arm, weight in weights.items():
+        found = options("paper", arm)
+        assert (found["entropy_weight"], found["sync_steps"]) == (pytest.approx(weight), 100 if "rare" in arm else 10)
 
 
 def test_the_papers_hyperparameters():
@@ -158,6 +165,7 @@ ARMS = {
     "group_dpo": {"method": "group_dpo", "sync_steps": 3},
     "group_dpo_grpo": {"method": "group_dpo", "sync_steps": 3, "grpo_weight": 0.01},
     "s10_nll": {"sync_steps": 3, "nll_weight": 1.0},
+    "s10_entropy": {"sync_steps": 3, "entropy_weight": 0.1},
     "s1_frozen": {"recipe": {"sync_reference": False}},
     "chat_offline": {"phases": ["chat"], "sync_steps": None},
     "chat_s1": {"phases": ["chat"]},

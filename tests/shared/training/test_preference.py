@@ -137,6 +137,79 @@ def test_with_a_pair_for_every_prompt_it_is_trls_trainer(make, tokenizer, loss, 
     assert abs(found[0][0] - math.log(2)) > 1e-2
 
 
+def test_entropy_of_the_chosen_is_rewarded(make, tokenizer):
+    """Eq. 3 minus lambda_H times the chosen responses' mean of -sum p log p, over B, with its gradient, in float64 from
+    the plain model's logits; pairs of unequal lengths, and a prompt without a pair."""
+    pools_of = [([(0, 1)], "1 2", "3"), ([], "1", "2"), ([(1, 0), (0, 1)], "4 5 6", "2")]
+    trainer = make(beta=0.3, entropy_weight=0.7)
+    disturb(trainer.ref_model)
+    pools = [pool_of(trainer, tokenizer, i, *texts) for i, (_, *texts) in enumerate(pools_of)]
+    for pool, (pairs, *_) in zip(pools, pools_of, strict=True):
+        pool.pairs.extend(pairs)
+    found = trainer._compute_loss(trainer.model, trainer.build_inputs(pools), False)
+    found.backward()
+    policy, reference = wide(trainer.policy), wide(trainer.ref_model)
+
+    def entropy(pool, i):
+        prompt = tokenizer(pool.row["prompt"])["input_ids"]
+        ids = prompt + pool.completions[i].token_ids
+        p_TV = policy(torch.tensor([ids])).logits[0, len(prompt) - 1 : -1].softmax(-1)
+        return -(p_TV * p_TV.log()).sum() / len(p_TV)
+
+    expected = 0.0
+    for pool in pools:
+        for chosen, rejected in pool.pairs:
+            ratios = [
+                logprob(policy, tokenizer, pool, i) - logprob(reference, tokenizer, pool, i).detach()
+                for i in (chosen, rejected)
+            ]
+            expected = expected - F.logsigmoid(0.3 * (ratios[0] - ratios[1])) - 0.7 * entropy(pool, chosen)
+    (expected / 3).backward()
+    assert found.item() == pytest.approx(expected.item() / 3, rel=1e-5)
+    for mine, theirs in zip(trainer.policy.parameters(), policy.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad.double(), theirs.grad, rtol=1e-3, atol=1e-5)
+
+
+def test_entropy_of_the_chosen_by_finite_differences():
+    """Through the mean over a response: positions outside of it and the rejected half have no part."""
+    from shared.training.preference import chosen_entropy
+
+    entropy_MT = torch.rand(4, 3, dtype=torch.float64, requires_grad=True)
+    mask_MT = torch.tensor([[1, 1, 0], [0, 0, 0], [1, 1, 1], [1, 0, 0]])
+    found_P = chosen_entropy(entropy_MT, mask_MT)
+    assert found_P.tolist() == pytest.approx([entropy_MT[0, :2].mean().item(), 0.0])
+    assert torch.autograd.gradcheck(lambda e: chosen_entropy(e, mask_MT), entropy_MT)
+
+
+def test_entropy_weight_0_changes_no_bit_and_void_batches_have_no_gradient(make, tokenizer):
+    losses = []
+    for weight in ({}, {"entropy_weight": 0.0}, {"entropy_weight": 1e-30}, {"entropy_weight": 0.5}):
+        trainer = make(beta=0.3, **weight)
+        disturb(trainer.ref_model)
+        pool = pool_of(trainer, tokenizer, 0, "1 2", "3")
+        void = trainer._compute_loss(trainer.model, trainer.build_inputs([pool, pool]), False)
+        void.backward()
+        assert void.item() == 0
+        assert not any(p.grad.any() for p in trainer.policy.parameters())
+        pool.pairs.append((0, 1))
+        losses.append(trainer._compute_loss(trainer.model, trainer.build_inputs([pool]), False).item())
+    assert losses[0] == losses[1] == losses[2]
+    assert losses[3] < losses[0]
+
+
+def test_lengths_of_chosen_and_rejected_are_logged(make, tokenizer):
+    trainer = make()
+    pools = [pool_of(trainer, tokenizer, i, "1 2", "3", "4 5 6") for i in range(2)]
+    trainer._log_rollouts(pools)
+    log = trainer._metrics["train"]
+    assert {"rollout/reward", "rollout/chosen_length"} & log.keys() == set()  # nothing was scored or paired
+    pools[0].pairs.extend([(0, 1), (2, 1)])
+    trainer._log_rollouts(pools)
+    assert log["rollout/chosen_length"] == [3.5]
+    assert log["rollout/rejected_length"] == [2.0]
+    assert log["rollout/length"] == [3.0, 3.0]
+
+
 def test_without_any_pair_nothing_is_learned(make, tokenizer):
     trainer = make(select=lambda pool: [], weight_decay=0.0)
     before = vector(trainer.policy)
