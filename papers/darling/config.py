@@ -21,7 +21,7 @@ class Config:
     train_source: str | None = None
     """Hub id, directory or file of the training prompts; default: the data set's own id."""
     test_sets: list[str] = field(default_factory=list)
-    """Data sets to evaluate on (math, wildchat): names of shared/data/prompt_sets.py, with `:split` if that is not test."""
+    """Data sets to evaluate on (math, wildchat): names in shared/data/prompt_sets.py, with `:split` unless test."""
     test_sources: list[str] = field(default_factory=list)
     """Where they are, in the same order; default: their own ids."""
     n_train: int | None = None

@@ -33,7 +33,8 @@ def draw(runs: Path, out: Path) -> None:
     draw_rollouts(arms, MATH, out, "entropy")
     draw_steps(arms, ("s1", "s1_frozen"), ("length", "dev_accuracy", "entropy"), out, "reference")
     bonus = [arm for arm in arms.found if "_entropy" in arm]
-    draw_steps(arms, ("s10", "rare", *bonus) if bonus else (), ("dev_accuracy", "entropy"), out, "entropy_bonus")
+    without = dict.fromkeys(arm.partition("_")[0] for arm in bonus)
+    draw_steps(arms, (*without, *bonus), ("dev_accuracy", "entropy"), out, "entropy_bonus")
     draw_steps(arms, CHAT, ("chosen_length", "rejected_length"), out, "lengths")
     draw_steps(arms, ("s10", "group_dpo", "group_dpo_grpo"), ("dev_accuracy", "entropy"), out, "group")
     draw_steps(arms, ("s10", "s10_nll", "s1"), ("dev_accuracy", "entropy", "chosen"), out, "nll")
