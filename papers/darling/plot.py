@@ -108,9 +108,9 @@ def draw_front(world: str, arms: list[str], found: dict, metrics: dict, paper: P
         ax.scatter(*points_T2.T, s=[12 * (place + 1) for place in range(len(suffixes))], color=color)
         for seed_metrics in metrics[arm].values():
             ax.plot(seed_metrics["distinct"], seed_metrics[name], ".", color=color, alpha=0.4)
-    ax.set(xlabel="distinct meanings of 10", ylabel=name, title=WORLDS[world])
     points = ", ".join(f"{temperatures[suffix]:g}" for suffix in suffixes)
-    ax.set_title(f"temperatures {points}, small to large points", loc="right", fontsize=7)
+    ax.set(ylabel=name, title=WORLDS[world])
+    ax.set_xlabel(f"distinct meanings of 10\n(temperatures {points}, from small to large points)")
     ax.set_ylim(bottom=0)
     legend_outside(fig)
     save(fig, out, f"front_{world}")

@@ -78,6 +78,7 @@ def grpo_config(config: Config, run: Run):
         "vllm_mode": "colocate",
         "vllm_gpu_memory_utilization": config.vllm_memory,
         "vllm_max_model_length": config.max_prompt_tokens + config.max_new_tokens,
+        "vllm_importance_sampling_correction": False,
     }
     options = trainer_options(
         run,

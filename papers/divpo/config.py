@@ -129,6 +129,8 @@ class Config:
             raise ValueError(f"rho: {self.rho} is not between 0 and 0.5")
         if self.num_generations < 2:
             raise ValueError("num_generations: a pair needs at least 2 samples")
+        if self.method == "grpo" and self.nll_weight:
+            raise ValueError("nll_weight is a term of DPO's loss, method grpo has none")
         if self.method == "grpo" and not self.online:
             raise ValueError("method grpo needs online: true, its gradient is that of the policy that sampled")
         if self.task == "instruct" and not (self.model and self.reward_model):

@@ -46,10 +46,13 @@ def make_trainer(config: Config, run: Run, model, tokenizer):
     reward = load_trained_reward(config, run)[0] if config.reward_model_learned else load_reward(config)
     if config.method == "grpo":
         from papers.divpo.trainer import LoggedReward
-        from shared.training.grpo import GRPOTrainer, prompt_lengths, prompt_stream
+        from shared.generation.text import context_length, engine_length
+        from shared.training.grpo import GRPOTrainer, prompt_stream
 
-        if arguments.use_vllm:  # its cache need not hold the model's whole context
-            arguments.vllm_max_model_length = max(prompt_lengths(rows, tokenizer)) + config.max_new_tokens
+        if arguments.use_vllm:
+            prompts = [row["prompt"] for row in rows]
+            context = context_length(model.config)
+            arguments.vllm_max_model_length = engine_length(prompts, tokenizer, config.max_new_tokens, context)
         stream = prompt_stream(rows, config.steps * config.prompts_per_step, run.seed)
         watched = LoggedReward(reward, config)
         return GRPOTrainer(model, watched, arguments, train_dataset=stream, processing_class=tokenizer)
@@ -111,6 +114,7 @@ def trainer_config(config: Config, run: Run):
             temperature=1.0,
             top_p=1.0,
             top_k=0,
+            vllm_importance_sampling_correction=False,
         )
 
     from shared.training.preference import PreferenceConfig

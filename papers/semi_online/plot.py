@@ -32,10 +32,12 @@ def draw(runs: Path, out: Path) -> None:
     draw_curves(arms, out)
     draw_rollouts(arms, MATH, out, "entropy")
     draw_steps(arms, ("s1", "s1_frozen"), ("length", "dev_accuracy", "entropy"), out, "reference")
-    bonus = [arm for arm in arms.found if "_entropy" in arm]
-    without = dict.fromkeys(arm.partition("_")[0] for arm in bonus)
-    draw_steps(arms, (*without, *bonus), ("dev_accuracy", "entropy"), out, "entropy_bonus")
-    draw_steps(arms, CHAT, ("chosen_length", "rejected_length"), out, "lengths")
+    for first, file in (("s10", "entropy_bonus"), ("rare", "entropy_bonus_100")):
+        bonus = [arm for arm in arms.found if arm.startswith(f"{first}_entropy")]
+        draw_steps(arms, (first, *bonus), ("dev_accuracy", "entropy"), out, file)
+    if arms.hub:
+        draw_steps(arms, ("s1", "s1_frozen"), ("chosen_length", "rejected_length"), out, "lengths")
+    draw_steps(arms, (*CHAT, "chat_s5"), ("chosen_length", "rejected_length"), out, "chat_lengths")
     draw_steps(arms, ("s10", "group_dpo", "group_dpo_grpo"), ("dev_accuracy", "entropy"), out, "group")
     draw_steps(arms, ("s10", "s10_nll", "s1"), ("dev_accuracy", "entropy", "chosen"), out, "nll")
     draw_chat(arms, out)
@@ -54,6 +56,11 @@ class Arms:
             for arm, by_seed in self.found.items()
         }
         self._scores = {arm: {s: read_run(path) for s, path in by_seed.items()} for arm, by_seed in self.found.items()}
+
+    @property
+    def hub(self) -> bool:
+        """Whether these are the paper's models and data."""
+        return any(run["config"]["world"] == "hub" for by_seed in self.evals.values() for run in by_seed.values())
 
     def here(self, names: Sequence[str]) -> list[str]:
         return [name for name in names if name in self.found]
@@ -86,13 +93,18 @@ class Arms:
         for log in self.logs[arm].values():
             rows = [row for row in log if row["stage"] == "train" and "loss" in row]
             values = rollout_series(rows)[name] if name in ("entropy", "length") else [row.get(name) for row in rows]
-            if not values or None in values:
-                return None
             series.append(values)
-        y_SX = np.array(series, dtype=float)
-        width = min(SMOOTH, y_SX.shape[1])
-        kernel = np.ones(width) / width
-        smooth_SX = np.array([np.convolve(y, kernel, mode="valid") for y in y_SX])
+        y_SX = np.array(series, dtype=float)  # NaN where a step has no such value (lengths of pairs, without a pair)
+        known_SX = ~np.isnan(y_SX)
+        if not known_SX.any(1).all():
+            return None
+        kernel = np.ones(min(SMOOTH, y_SX.shape[1]))
+        sums_SX, counts_SX = (
+            np.array([np.convolve(y, kernel, mode="valid") for y in values_SX])
+            for values_SX in (np.where(known_SX, y_SX, 0.0), known_SX.astype(float))
+        )
+        smooth_SX = np.where(counts_SX > 0, sums_SX / np.maximum(counts_SX, 1), np.nan)
+        width = len(kernel)
         return np.arange(smooth_SX.shape[1]) + (width + 1) / 2, smooth_SX
 
     def sampled(self, arm: str, steps: Sequence[int]) -> np.ndarray:

@@ -95,11 +95,14 @@ def make_trainer(
     if config.method == "grpo":
         from trl import GRPOConfig
 
-        from shared.training.grpo import GRPOTrainer, prompt_lengths, prompt_stream
+        from shared.generation.text import context_length, engine_length
+        from shared.training.grpo import GRPOTrainer, prompt_stream
 
         arguments = GRPOConfig(**grpo_options(config, recipe, run))
-        if config.use_vllm:  # its cache need not hold the model's whole context
-            arguments.vllm_max_model_length = max(prompt_lengths(rows, tokenizer)) + recipe.max_new_tokens
+        if config.use_vllm:
+            prompts = [row["prompt"] for row in rows]
+            context = context_length(model.config)
+            arguments.vllm_max_model_length = engine_length(prompts, tokenizer, recipe.max_new_tokens, context)
         kept = ("prompt", "task", "answer")  # columns of one type in all rows
         table = [{name: row[name] for name in kept if name in row} for row in rows]
         # The prompts of each step are those of the DPO arms.

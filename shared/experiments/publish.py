@@ -40,6 +40,11 @@ def publish(paper: Paper, scale: str) -> Path:
     command = f"make reproduce PAPER={paper.name} SCALE={scale}"
     if not (runs / "results.json").is_file():
         raise UserError(f"{runs}: no results yet: `{command}` first")
+    with files.lock(runs):  # from the checks to the last copy
+        return _publish(paper, scale, runs, seeds, arms, command)
+
+
+def _publish(paper: Paper, scale: str, runs: Path, seeds: list[int], arms: list[str], command: str) -> Path:
     last = read_results(runs / "results.json")
     pngs = _figures(paper, scale)
     objections = [
@@ -63,9 +68,8 @@ def publish(paper: Paper, scale: str) -> Path:
             + "\n  ".join(objections)
             + f"\ncommit what is not, then `{command}` (what is done is not done again)"
         )
-    with files.lock(runs):
-        results = write_results(paper, scale, runs, seeds, arms, last["info"])
-        write_report(paper, results, runs)
+    results = write_results(paper, scale, runs, seeds, arms, last["info"])
+    write_report(paper, results, runs)
     target = published_dir(paper, scale)
     for old in target.glob("*.png"):
         if old.name not in {png.name for png in pngs}:

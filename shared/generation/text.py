@@ -115,6 +115,30 @@ def end_of_sequence_ids(generation_config, tokenizer) -> list[int]:
     return sorted((ids | {tokenizer.eos_token_id}) - {None})
 
 
+def prompt_lengths(prompts: Sequence[Prompt], tokenizer) -> list[int]:
+    """Tokens of each prompt (text or chat messages), as `encode_prompts` would give them, in one call for each kind."""
+    lengths = [0] * len(prompts)
+    for chat in (False, True):
+        rows = [row for row, prompt in enumerate(prompts) if is_chat(prompt) == chat]
+        if not rows:
+            continue
+        chosen = [prompts[row] for row in rows]
+        if chat:
+            ids = tokenizer.apply_chat_template(chosen, add_generation_prompt=True, return_dict=True)["input_ids"]
+        else:
+            ids = tokenizer(chosen)["input_ids"]
+        for row, tokens in zip(rows, ids, strict=True):
+            lengths[row] = len(tokens)
+    return lengths
+
+
+def engine_length(prompts: Sequence[Prompt], tokenizer, max_new_tokens: int, context: int | None) -> int:
+    """Positions that an engine needs for these prompts and their samples: those of the longest, not more than the
+    model has. (vLLM reserves its cache for the whole context otherwise; for Llama 3.1's 131,072 positions, 16 GiB.)"""
+    needed = max(prompt_lengths(prompts, tokenizer)) + max_new_tokens
+    return needed if context is None else min(needed, context)
+
+
 def context_length(config) -> int | None:
     """Most positions (prompt and completion together) of a model with this config; None where it states no limit."""
     return getattr(config.get_text_config(), "max_position_embeddings", None)

@@ -236,7 +236,7 @@ class TransformersSampler:
         self._can_share = all(type(layer) is DynamicLayer for layer in getattr(cache, "layers", [None]))
         if not self._can_share:
             return {}
-        cache.crop(input_ids_BT.shape[1] - 1)
+        cache.crop(-1)
         cache.batch_select_indices(torch.tensor(number_B, device=input_ids_BT.device))
         return {"past_key_values": cache}
 

@@ -99,6 +99,8 @@ def token_ids(tokenizer, prompts: Sequence, completions: Sequence[str], ending: 
 
     All rows in one call of the tokenizer, or two where there are both kinds: a call costs as much as several rows.
     """
+    if len(prompts) != len(completions):
+        raise ValueError(f"{len(prompts)} prompts for {len(completions)} completions")
     encoded: list[list[int]] = [[]] * len(prompts)
     for chat in (False, True):
         rows = [row for row, prompt in enumerate(prompts) if isinstance(prompt, str) != chat]

@@ -15,6 +15,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.trainer.grpo_trainer import GRPOTrainer as TRLTrainer
 from trl.trainer.utils import pad
 
+from shared.generation.text import prompt_lengths
+
 
 class GRPOTrainer(TRLTrainer):
     """TRL's `GRPOTrainer`; the losses are its own.
@@ -80,7 +82,7 @@ def fitting_rows(rows: Sequence[Mapping[str, Any]], tokenizer, max_tokens: int) 
     says on stderr how many are left out. Raises ValueError if none is left."""
     if not rows:
         raise ValueError("there are no prompts")
-    lengths = prompt_lengths(rows, tokenizer)
+    lengths = prompt_lengths([row["prompt"] for row in rows], tokenizer)
     kept = [row for row, length in zip(rows, lengths, strict=True) if length <= max_tokens]
     if not kept:
         raise ValueError(
@@ -92,16 +94,6 @@ def fitting_rows(rows: Sequence[Mapping[str, Any]], tokenizer, max_tokens: int) 
             file=sys.stderr,
         )
     return kept
-
-
-def prompt_lengths(rows: Sequence[Mapping[str, Any]], tokenizer) -> list[int]:
-    """Tokens of each row's prompt, rendered with the chat template if it is a conversation."""
-    prompts = [row["prompt"] for row in rows]
-    if all(isinstance(prompt, str) for prompt in prompts):
-        ids = tokenizer(prompts)["input_ids"]
-    else:
-        ids = tokenizer.apply_chat_template(prompts, add_generation_prompt=True, return_dict=True)["input_ids"]
-    return [len(tokens) for tokens in ids]
 
 
 def _padded(rows: Sequence[Sequence[int]], value: int, side: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -22,7 +22,6 @@ ref_model_mixup_alpha=1.0, ref_model_sync_steps=s` moves the reference with the 
 from __future__ import annotations
 
 import copy
-import functools
 import hashlib
 import math
 import time
@@ -32,7 +31,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-import accelerate.utils.modeling
 import numpy as np
 import torch
 from datasets import Dataset
@@ -42,7 +40,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from shared.experiments.errors import UserError
 from shared.generation import Completion, SamplingParams
-from shared.generation.text import complete, context_length, encode_prompts, is_chat
+from shared.generation.text import complete, context_length, encode_prompts, engine_length, is_chat
 from shared.generation.transformers_backend import TransformersSampler
 from shared.rewards.contract import checked
 from shared.training.pairs import Pool, Select
@@ -51,9 +49,6 @@ Reward = Callable[..., Sequence[float | None]]
 """TRL's signature: reward(prompts, completions, **columns)."""
 
 GENERATOR, REFERENCE = "generator.pt", "reference.pt"
-
-# TRL's loss asks at each step whether the model is PEFT's; accelerate reads the package's metadata each time (2 ms).
-accelerate.utils.modeling.is_peft_available = functools.cache(accelerate.utils.modeling.is_peft_available)
 
 
 @dataclass
@@ -113,9 +108,9 @@ class PreferenceTrainer(DPOTrainer):
     the mean log-probability of the sampled tokens (at temperature 1 an unbiased estimate of the generator's mean
     next-token entropy, in nats); rollout/usable, the share of prompts that gave a pair; rollout/truncated,
     rollout/empty and rollout/unscored, shares of the samples; rollout/chosen_length and rollout/rejected_length of the
-    pairs; rollout/staleness, steps since the last copy; and, summed
-    since the process began, rollout/calls, rollout/tokens and rollout/seconds of generation. In the step that samples,
-    what the reward gives to TRL's `log_metric` (shares of failures; of the first process's samples).
+    pairs; rollout/staleness, steps since the last copy; and, summed since the process began, rollout/calls,
+    rollout/tokens and rollout/seconds of generation. In the step that samples, what the reward gives to TRL's
+    `log_metric` (shares of failures; of the first process's samples).
 
     Raises UserError naming the row for a prompt that does not fit into the model's context, and what `reward` raises.
     """
@@ -416,9 +411,6 @@ class VLLMGenerator:
 
     vLLM draws from random numbers of its own: repeating a run does not repeat its samples. After a kill the engine
     gets the resumed policy's weights, so the rest of an interval is sampled from a fresher policy.
-
-    The engine gets room for the longest prompt and sample, not for the model's whole context: the cache of Llama 3.1's
-    131,072 positions alone would take 16 GiB.
     """
 
     model = None
@@ -428,7 +420,10 @@ class VLLMGenerator:
 
         args = trainer.args
         self.tokenizer = trainer.processing_class
-        lengths = [len(trainer._encode(row, f"row {index}")) for index, row in enumerate(trainer.rows)]
+        length = None  # a server has its own
+        if args.vllm_mode == "colocate":
+            prompts = [row["prompt"] for row in trainer.rows]
+            length = engine_length(prompts, self.tokenizer, args.max_new_tokens, trainer._limits[1])
         self.engine = VLLMGeneration(
             model=trainer.model,
             accelerator=trainer.accelerator,
@@ -440,7 +435,7 @@ class VLLMGenerator:
             temperature=args.temperature,
             top_p=args.top_p,
             max_completion_length=args.max_new_tokens,
-            max_model_length=min(max(lengths) + args.max_new_tokens, trainer._limits[1] or math.inf),
+            max_model_length=length,
             logprobs=0,
         )
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 import time
 from numbers import Real
 from pathlib import Path
 from typing import Any
 
+import accelerate.utils.modeling
 import torch
 import trl.trainer.utils
 from accelerate.utils import broadcast_object_list
@@ -18,6 +20,9 @@ from shared.experiments.run import SAVE_SHARE, Run
 
 TRAINER = "trainer"  # the trainer's directory in the run's
 WIDEST_TILE = trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE
+
+# TRL's losses ask at each step whether the model is PEFT's; accelerate reads the package's metadata each time (2 ms).
+accelerate.utils.modeling.is_peft_available = functools.cache(accelerate.utils.modeling.is_peft_available)
 
 
 def trainer_options(run: Run, **options: Any) -> dict[str, Any]:

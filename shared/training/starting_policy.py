@@ -109,6 +109,8 @@ def sft(
 
     from shared.training.runs import cosine_options, fit_tiles, train_whole
 
+    if not examples:
+        raise ValueError("there are no examples to learn from")
     prompts, completions = (_token_ids(tokenizer, texts) for texts in zip(*examples, strict=True))
     eos = [tokenizer.eos_token_id]
     rows = {

@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from shared.experiments.paper import ROOT, paper_names
+from shared.experiments.publish import check_index
 
 RESOLVE = """
 import sys
@@ -30,3 +31,7 @@ if heavy:
 def test_every_config_is_valid_and_light(name):
     result = subprocess.run([sys.executable, "-c", RESOLVE, name], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+def test_the_tables_of_all_papers_are_up_to_date():
+    check_index()

@@ -388,7 +388,7 @@ def test_special_tokens(tmp_path):
             assert tokenizer.decode(ids, skip_special_tokens=True).replace(" ", "") == "??"
 
 
-def test_lexicon_covers_every_text_row():
+def test_the_vocabulary_covers_every_text_row():
     tokenizer = word_tokenizer([], VOCABULARY)
     for row in prosqa_rows(60, "test") + prontoqa_rows(60, "test") + balanced_rows(60, "test", encoding="text"):
         for text in texts([row]):

@@ -128,6 +128,7 @@ def test_the_criterion_of_personas_ignores_the_keys():
         ({"criterion": "novelty"}, "criterion: 'novelty' is not one of"),
         ({"rho": 0.6}, "rho: 0.6 is not between 0 and 0.5"),
         ({"method": "grpo", "online": False}, "method grpo needs online: true"),
+        ({"method": "grpo", "nll_weight": 0.1}, "nll_weight is a term of DPO's loss"),
         ({"num_generations": 1}, "at least 2 samples"),
         ({"criterion": "llm"}, "criterion llm needs a judge_model"),
         ({"task": "instruct"}, "needs model and reward_model"),

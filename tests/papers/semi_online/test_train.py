@@ -227,7 +227,25 @@ def test_arms_of_a_seed_start_from_the_same_policy_and_move_away(runs):
 def test_figures_are_drawn_from_the_runs(runs, tmp_path):
     draw(runs, tmp_path)
     drawn = {path.stem for path in tmp_path.glob("*.png")}
-    assert drawn == {figure.file for figure in load_paper("semi_online").figures}
+    assert drawn == {figure.file for figure in load_paper("semi_online").figures if "tiny" in figure.scales}
+
+
+def test_curves_have_gaps_where_steps_have_no_value():
+    from papers.semi_online.plot import SMOOTH, Arms
+
+    arms = Arms.__new__(Arms)
+    values = [[float(i * i % 7) for i in range(3 * SMOOTH)] for _ in range(2)]
+    values[0][1] = None
+    values[1][SMOOTH : 2 * SMOOTH] = [None] * SMOOTH
+    rows = [[{"stage": "train", "loss": 0.0} | ({} if v is None else {"x": v}) for v in of] for of in values]
+    arms.logs = {"a": dict(enumerate(rows)), "never": {0: [{"stage": "train", "loss": 0.0}]}}
+    steps_X, y_SX = arms.rollouts("a", "x")
+    assert steps_X[0] == (SMOOTH + 1) / 2
+    for y_X, of in zip(y_SX, values, strict=True):
+        windows = [[v for v in of[i : i + SMOOTH] if v is not None] for i in range(2 * SMOOTH + 1)]
+        np.testing.assert_allclose(y_X, [np.mean(w) if w else np.nan for w in windows])
+    assert np.isnan(y_SX[1]).sum() == 1
+    assert arms.rollouts("never", "x") is None
 
 
 def test_figures_without_their_arms_are_left_out(runs, tmp_path):

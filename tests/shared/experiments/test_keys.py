@@ -3,6 +3,7 @@ import shutil
 
 import pytest
 
+from shared.experiments import keys
 from shared.experiments.errors import UserError
 from shared.experiments.keys import code_files, stage_key
 
@@ -34,6 +35,18 @@ def test_a_change_in_an_imported_module_counts_and_elsewhere_does_not(repo, key)
     edit(repo.toy / "method.py", "def gradient(w, noise):\n    return w\n")
     assert key() != before
     assert key(script="eval.py") == evaluation
+
+
+def test_remembered_code_is_not_read_again(repo, key, monkeypatch):
+    keys._meaning.cache_clear()
+    keys.remember(repo.toy / "train.py", repo.root)
+    monkeypatch.setattr("pathlib.Path.read_bytes", lambda path: pytest.fail(f"{path} is read"))
+    found = key()
+    monkeypatch.undo()
+    keys._meaning.cache_clear()
+    assert found == key()
+    edit(repo.toy / "method.py", "def gradient(w, noise):\n    return w\n")
+    assert found != key()
 
 
 def test_comments_and_layout_do_not_count(repo, key):

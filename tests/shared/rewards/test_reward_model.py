@@ -98,6 +98,8 @@ def test_rows_are_tokenised_together_as_each_would_be_alone(family, reward, monk
         assert token_ids(tokenizer, prompts[:1], completions[:1], end) == ids[:1]
     assert len(calls) == 2 * (2 + 1)
     assert token_ids(tokenizer, [], []) == []
+    with pytest.raises(ValueError, match="2 prompts for 1 completions"):
+        token_ids(tokenizer, prompts[:2], completions[:1])
 
 
 def test_rows_that_cannot_be_scored_are_named(reward):

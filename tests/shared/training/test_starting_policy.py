@@ -88,6 +88,20 @@ def test_the_loss_is_that_of_completions_and_their_end_alone(model, tokenizer, t
     assert list(tmp_path.iterdir()) == []
 
 
+def test_token_ids_are_the_tokenizers():
+    """Also of a tokenizer that was saved with padding and truncation switched on."""
+    from shared.training.starting_policy import _token_ids
+    from tests.tiny_chat import chat_tokenizer
+
+    tokenizer = chat_tokenizer("llama")
+    texts = ("a b", "", "a b c " * 9)
+    expected = tokenizer(list(texts))["input_ids"]
+    assert len(set(map(len, expected))) == 3
+    tokenizer.backend_tokenizer.enable_padding(length=9)
+    tokenizer.backend_tokenizer.enable_truncation(5)
+    assert _token_ids(tokenizer, texts) == expected
+
+
 def test_batches_are_those_of_trls_collator():
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
