@@ -167,7 +167,7 @@ def draw_samples(world: str, arms: list[str], found: dict, paper: Paper, out: Pa
         lines += ["", title(paper, arm)] + [f"    {shortened(text)}" for text in record["outputs"][:6]]
     if not lines:
         return
-    fig, ax = figure(width=7.5, height=0.5 + 0.17 * len(lines))
+    fig, ax = figure(width=7.5, height=0.4 + 0.135 * len(lines))
     ax.axis("off")
     ax.set_title(f"{WORLDS[world]}: six samples of each policy")
     # Written by a model: no formulas for matplotlib to set.
