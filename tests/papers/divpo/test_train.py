@@ -198,9 +198,10 @@ def test_trl_settings_of_grpo_are_dapo_with_the_groups_standard_deviation(small,
 
 @pytest.mark.parametrize("scale", ["tiny", "gpu", "paper"])
 @pytest.mark.parametrize("task", ["persona", "keywords"])
-def test_grpo_has_the_budget_of_online_dpo(scale, task):
+def test_grpo_has_the_budget_and_learning_rate_of_online_dpo(scale, task):
     grpo, dpo = at_scale(scale, f"{task}_grpo"), at_scale(scale, f"{task}_dpo")
-    for name in ("steps", "prompts_per_step", "num_generations", "max_new_tokens", "online", "train_prompts", "model"):
+    same = ("lr", "steps", "prompts_per_step", "num_generations", "max_new_tokens", "online", "train_prompts", "model")
+    for name in same:
         assert getattr(grpo, name) == getattr(dpo, name), name
 
 
