@@ -57,7 +57,7 @@ class Generated:
     sft_steps: int = capped(1500, smoke=20)
     sft_batch_size: int = capped(96, smoke=16)
     """Two thirds arithmetic, one third writing."""
-    sft_lr: float = 3e-3
+    sft_lr: float = 2e-3
     competence: list[float] = field(default_factory=lambda: [0.25, 0.5])
     """Sampled accuracy on arithmetic (temperature 1) that the starting policy has to have."""
     competence_sums: float = 0.93
